@@ -1,0 +1,1 @@
+"""One file a question: `python -m experiments.NAME --help`."""
