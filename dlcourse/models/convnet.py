@@ -1,0 +1,54 @@
+"""The lecture's cascade: each layer filters, normalises, thresholds, and some pool."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dlcourse.models.layers import BatchNorm, Conv, max_pool
+from dlcourse.models.taps import Edit, Taps
+
+
+class ConvNet(nn.Module):
+    """Stages of linear-nonlinear layers; between stages the map is halved and the filters doubled.
+
+    Attributes:
+      num_classes: K.
+      width: filters of the first stage; stage i has width * 2^i.
+      stages: how many.
+      depth: layers a stage.
+      first_kernel: side of the first layer's filters, in pixels; 11 shows oriented filters, which
+        on 3 x 3 pixels cannot be told from chance.
+      dropout: share of the pooled features dropped while training.
+      dtype: of the computation; parameters, normalisation statistics and logits are float32.
+    """
+
+    num_classes: int
+    width: int = 32
+    stages: int = 3
+    depth: int = 2
+    first_kernel: int = 3
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, train: bool = False, edit: Edit | None = None):
+        tap = Taps(edit)
+        x = (images.astype(self.dtype) - 0.5) / 0.25
+        for layer, (stage, pools) in enumerate(self.plan(), start=1):
+            kernel = self.first_kernel if layer == 1 else 3
+            features = self.width * 2**stage
+            x = tap(f"conv{layer}", Conv(features, kernel, dtype=self.dtype, name=f"conv{layer}")(x))
+            x = BatchNorm(train, dtype=self.dtype, name=f"norm{layer}")(x)
+            x = tap(f"relu{layer}", nn.relu(x))
+            if pools:
+                x = tap(f"pool{stage + 1}", max_pool(x))
+        x = tap("features", x.mean((1, 2)).astype(jnp.float32))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))
+        return logits, tap.finish()
+
+    def plan(self) -> list[tuple[int, bool]]:
+        """(stage, whether a pool follows) for every layer, in order."""
+        last = self.stages - 1
+        return [(s, d == self.depth - 1 and s < last) for s in range(self.stages) for d in range(self.depth)]
