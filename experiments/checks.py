@@ -1,0 +1,67 @@
+"""What can be said against a config before any data is read: ranges, durations and contradictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dlcourse.contracts import InputError
+from dlcourse.training import durations
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "image_size": (lambda v: v >= 0, "0 (as they are) or a number of pixels"),
+    "validation_fraction": (lambda v: 0 < v <= 0.5, "in (0, 0.5]"),
+    "learning_rate": (lambda v: v > 0, "greater than 0"),
+    "weight_decay": (lambda v: v >= 0, "0 or greater"),
+    "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "clip": (lambda v: v >= 0, "0 (never) or greater"),
+    "ema": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "accumulate": (lambda v: v >= 1, "at least 1"),
+    "label_smoothing": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "seed": (lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
+}
+DURATIONS = ("train_for", "eval_every", "checkpoint_every", "warmup")
+
+
+def check(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuses what cannot be meant.
+
+    Args:
+      values: every setting of the run by its name; those that an experiment lacks are not looked at.
+      given: those that were typed or read from a flagfile: only they can be ignored against someone's will.
+
+    Raises:
+      InputError: naming the flag, its value and what is allowed.
+    """
+    for name, (allowed, words) in RANGES.items():
+        if name in values and not allowed(values[name]):
+            raise InputError(f"--{name}={values[name]}: must be {words}")
+    times = {name: durations.parse(values[name], name) for name in DURATIONS if name in values}
+    for name, duration in times.items():
+        if duration.value == 0 and name != "warmup":
+            raise InputError(f"--{name}={values[name]}: must be longer than nothing")
+    if "optimizer" in values:
+        _check_optimizer(values, given, times)
+
+
+def _check_optimizer(values, given, times) -> None:
+    rule, schedule = values["optimizer"], values.get("schedule")
+    if "momentum" in given and rule not in ("sgd", "nesterov"):
+        raise InputError(f"--momentum={given['momentum']} has no meaning for --optimizer={rule}; "
+                         "leave it out or take sgd or nesterov")
+    if values.get("batch_size", 0) % values.get("accumulate", 1):
+        raise InputError(f"--accumulate={values['accumulate']} does not divide --batch_size={values['batch_size']}; "
+                         "its parts must be of one size")
+    if "warmup" in times:
+        _check_warmup(values, schedule, times["warmup"], times.get("train_for"))
+
+
+def _check_warmup(values, schedule, warmup, train_for) -> None:
+    if warmup.unit == "minutes":
+        raise InputError(f"--warmup={values['warmup']}: warm-up is counted in epochs, steps or examples")
+    if schedule == "one_cycle" and warmup.value:
+        raise InputError(f"--warmup={values['warmup']} contradicts --schedule=one_cycle, which warms up by itself; "
+                         "leave it out or take --schedule=cosine")
+    if train_for and warmup.unit == train_for.unit and warmup.value >= train_for.value:
+        raise InputError(f"--warmup={values['warmup']} leaves nothing of --train_for={values['train_for']}")
