@@ -8,6 +8,7 @@ value, a probe reads. Taps that nobody uses cost nothing: XLA removes them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import jax
@@ -20,7 +21,8 @@ class Taps:
 
     def __init__(self, edit: Edit | None = None):
         self.edit = dict(edit or {})
-        self.values: dict[str, jax.Array] = {}
+        # Not a plain dict: JAX sorts the keys of those, and the order of computation would be lost in jit.
+        self.values: OrderedDict[str, jax.Array] = OrderedDict()
 
     def __call__(self, name: str, x: jax.Array) -> jax.Array:
         if name in self.values:
@@ -33,7 +35,7 @@ class Taps:
         self.values[name] = x
         return x
 
-    def finish(self) -> dict[str, jax.Array]:
+    def finish(self) -> OrderedDict[str, jax.Array]:
         """The recorded taps; an edit that met no tap is an error, never silently ignored."""
         unknown = [name for name in self.edit if name not in self.values]
         if unknown:
