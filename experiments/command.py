@@ -9,6 +9,7 @@ Nothing here imports JAX before the flags are found good, and its surroundings a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -20,15 +21,16 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dlcourse.contracts import InputError
+from dlcourse.reporting import files
+from dlcourse.reporting.run import HOW_ONLY, WHERE_ONLY, open_run
 from experiments import checks, parsing
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75
-NOT_PART_OF_THE_RESULT = ("workdir", "overwrite", "tensorboard", "require_accelerator")
 
 
 def run(main: Callable[[Any, Any], None], Config: type, name: str) -> None:
@@ -70,16 +72,35 @@ def _execute(main, Config, name: str, argv: list[str]) -> None:
     _prepare_surroundings(values)
     if values.get("require_accelerator"):
         _require_accelerator()
-    from dlcourse.reporting import terminal
-    from dlcourse.reporting.run import open_run
-
-    workdir = Path(values.get("workdir") or default_workdir(name, config))
-    typed = parsing.as_flags({key: given[key] for key in given if key not in ("workdir", "overwrite")})
-    with open_run(workdir, name, dataclasses.asdict(config), typed, overwrite=values.get("overwrite", False),
-                  tensorboard=values.get("tensorboard", False)) as opened:
+    workdir = Path(values.get("workdir") or default_workdir(name, config)).expanduser()
+    typed = parsing.as_flags({key: given[key] for key in given if key not in WHERE_ONLY})
+    with _withdrawn_when_refused(workdir), open_run(
+            workdir, name, dataclasses.asdict(config), typed, overwrite=values.get("overwrite", False),
+            tensorboard=values.get("tensorboard", False)) as opened:
         if not opened.finished:
             main(config, opened)
-        terminal.summary(opened.finished, opened.path)
+        if opened.finished:
+            from dlcourse.reporting import terminal
+
+            terminal.summary(opened.finished, opened.path)
+
+
+@contextlib.contextmanager
+def _withdrawn_when_refused(workdir: Path) -> Iterator[None]:
+    """Takes a new run's folder away again when its input is refused before it left anything worth keeping."""
+    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    blank = not workdir.is_dir() or not any(workdir.iterdir())
+    try:
+        yield
+    except InputError:
+        opened = {"config.json", "flags.txt", files.LOCK}
+        with contextlib.suppress(OSError):
+            if blank and {entry.name for entry in workdir.iterdir()} <= opened:
+                for name in opened:
+                    (workdir / name).unlink(missing_ok=True)
+                for folder in missing:
+                    folder.rmdir()
+        raise
 
 
 def by_name(config) -> dict[str, Any]:
@@ -90,7 +111,7 @@ def by_name(config) -> dict[str, Any]:
 def default_workdir(name: str, config) -> Path:
     """runs/NAME/DATASET-MODEL-HASH, where the hash tells apart all settings that change the result."""
     values = by_name(config)
-    telling = {key: value for key, value in values.items() if key not in NOT_PART_OF_THE_RESULT}
+    telling = {key: value for key, value in values.items() if key not in WHERE_ONLY + HOW_ONLY}
     digest = hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:8]
     words = [re.sub(r"[^A-Za-z0-9.]+", "-", str(values[key])).strip("-.")[:40] for key in ("dataset", "model")
              if key in values]
@@ -126,8 +147,8 @@ def _require_accelerator() -> None:
     import jax
 
     if jax.default_backend() == "cpu":
-        raise InputError("--require_accelerator=true: JAX finds only a CPU here; leave the flag out, or install JAX for "
-                         "this machine's accelerator (launch/local --with=cuda or --with=tpu)")
+        raise InputError("--require_accelerator=true: JAX finds only a CPU here; leave the flag out, or install JAX "
+                         "for this machine's accelerator (launch/local --with=cuda or --with=tpu)")
 
 
 def _prepare_surroundings(values: dict[str, Any]) -> None:
@@ -159,7 +180,8 @@ def compilation_cache() -> Path | None:
     root = Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()
     try:
         processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-        processor = "\n".join(line for line in processor.splitlines() if line.startswith(("flags", "Features", "model")))
+        told = ("flags", "Features", "model")
+        processor = "\n".join(line for line in processor.splitlines() if line.startswith(told))
     except OSError:
         processor = platform.node()
     folder = root / "dlcourse" / f"{platform.machine()}-{hashlib.sha256(processor.encode()).hexdigest()[:8]}"

@@ -134,7 +134,8 @@ def _define(found: list[Setting]) -> flags.FlagValues:
     for setting in found:
         parser = _Choice(setting.choices) if setting.choices else PARSERS[setting.kind]()
         boolean = setting.kind is bool  # may be written --flag and --noflag
-        flags.DEFINE_flag(flags.Flag(parser, None, setting.name, setting.default, setting.help, boolean=boolean), values)
+        flag = flags.Flag(parser, None, setting.name, setting.default, setting.help, boolean=boolean)
+        flags.DEFINE_flag(flag, values)
     return values
 
 
@@ -197,7 +198,8 @@ def help_text(default, name: str, about: str) -> str:
         lines.append(f"  --{setting.name}={'|'.join(setting.choices) or _kind_name(setting)}")
         shown = f"{setting.help} [{_show(setting.default)}]"
         lines += textwrap.wrap(shown, width - 8, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    lines += ["", "any command:", "  --flagfile=PATH", f"      read flags from a file, one a line, such as {PRESETS}/*.flags",
+    lines += ["", "any experiment:",
+              "  --flagfile=PATH", f"      read flags from a file, one a line, such as {PRESETS}/*.flags",
               "  --help", "      show this and stop"]
     return "\n".join(lines)
 

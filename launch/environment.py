@@ -32,6 +32,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+WITH_VALUE, WITHOUT_VALUE = ("python", "venv", "with"), ("dry-run", "help")
 LOCK, STAMP = "dlcourse.lock", "dlcourse.json"
 EXTRAS_OF = {"benchmark": {"peers"}}
 """What an experiment needs beyond the everyday environment."""
@@ -75,8 +76,8 @@ def split_words(words: list[str]) -> tuple[dict[str, str], list[str]]:
         if not word.startswith("-"):
             return machine, words[place:]
         name, equals, value = word.removeprefix("--").partition("=")
-        if name not in ("python", "venv", "with", "dry-run", "help") or bool(equals) != (name in ("python", "venv", "with")):
-            raise Mistake(f"{word} is no machine flag; an experiment's flags come after its name; see launch/local --help")
+        if name not in (WITH_VALUE if equals else WITHOUT_VALUE):
+            raise Mistake(f"{word} is no machine flag (see launch/local --help); an experiment's flags follow its name")
         machine[name] = value
     return machine, []
 
@@ -103,7 +104,8 @@ def command_of(rest: list[str]) -> tuple[list[str], Path | None]:
     known = [*experiments(), "test"]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        raise Mistake(f"unknown experiment {name}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise Mistake(f"unknown experiment {name}; {hint}")
     return ["-P", "-m", f"experiments.{name}", *arguments], None  # -P: a folder `experiments` of the user's stays out
 
 
@@ -197,8 +199,8 @@ def locked(venv: Path):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise Mistake(f"cannot write {error.filename or venv} ({error.strerror}); name another place with --venv=PATH or "
-                      "DLCOURSE_VENV") from None
+        place = error.filename or venv
+        raise Mistake(f"cannot write {place} ({error.strerror}); name another place with --venv=PATH") from None
 
 
 def clear(venv: Path) -> None:
@@ -212,7 +214,7 @@ def install_commands(venv: Path, extras: set[str]) -> tuple[list[str], list[str]
     pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     what = ["-e", f"{ROOT}[{','.join(sorted(extras))}]", "-c", str(ROOT / "constraints.txt")]
     uv = [str(venv / "bin" / "uv"), "pip", "install", "--quiet", "--python", str(venv / "bin" / "python")]
-    return [*pip, "install", "--quiet", "uv"], [*uv, *what], [*pip, "install", "--quiet", *what]
+    return [*pip, "install", "-qq", "uv"], [*uv, *what], [*pip, "install", "--quiet", *what]
 
 
 def install(venv: Path, extras: set[str]) -> None:
@@ -227,7 +229,8 @@ def install(venv: Path, extras: set[str]) -> None:
 
 def pip_settings(venv: Path) -> dict[str, str]:
     """pip's settings by their bare names: global ones, then those for `install`, then the environment's."""
-    listed = subprocess.run([str(venv / "bin" / "python"), "-m", "pip", "config", "list"], capture_output=True, text=True)
+    config_list = [str(venv / "bin" / "python"), "-m", "pip", "config", "list"]
+    listed = subprocess.run(config_list, capture_output=True, text=True)
     found = re.findall(r"^(global|install|:env:)\.([\w-]+)='(.*)'$", listed.stdout, re.MULTILINE)
     order = ["global", "install", ":env:"]
     return {name: value for _, name, value in sorted(found, key=lambda entry: order.index(entry[0]))}

@@ -56,7 +56,7 @@ def parse(text: str, flag: str = "") -> Duration:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]+)\s*", text)
     unit = match and next((unit for unit in UNITS if match[2] in (unit, unit[:-1])), None)
     if not unit:
-        raise InputError(f"{given}: a duration is a number with its unit: 10epochs, 2000steps, 50000examples or 5minutes")
+        raise InputError(f"{given}: a duration is a number with a unit: 10epochs, 2000steps, 50000examples or 5minutes")
     value = float(match[1])
     if unit in ("steps", "examples") and not value.is_integer():
         raise InputError(f"{given}: {unit} come whole")
