@@ -63,7 +63,7 @@ def _worst_confusions(counts: np.ndarray, class_names: Sequence[str]) -> str:
 
 @styled
 def sample_predictions(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str],
-                       columns: int = 8) -> Drawing:
+                       columns: int = 6) -> Drawing:
     """The best, the worst that are still right, and the most wrong.
 
     Args:
@@ -142,7 +142,7 @@ def filters(trained: np.ndarray, untrained: np.ndarray, most: int = 64) -> Drawi
     fig = Figure(figsize=(6.6, 3.4))
     axes = fig.subplots(1, 2)
     for ax, kernels, name in zip(axes, (trained, untrained), ("trained", "untrained (control)"), strict=True):
-        shown = ax.imshow(_mosaic(kernels) / scale * 0.5 + 0.5, cmap="RdBu_r", vmin=0, vmax=1)
+        shown = ax.imshow(_on_one_scale(kernels, scale), cmap="RdBu_r", vmin=0, vmax=1)
         ax.set_title(name)
         ax.axis("off")
     if channels != 3:
@@ -172,3 +172,11 @@ def _mosaic(kernels: np.ndarray) -> np.ndarray:
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         image[top : top + height, left : left + width] = kernels[..., index]
     return image[..., 0] if channels != 3 else image
+
+
+def _on_one_scale(kernels: np.ndarray, scale: float) -> np.ndarray:
+    """A mosaic with -scale, 0 and scale at 0, 0.5 and 1; its gaps are see-through."""
+    image = _mosaic(kernels) / scale * 0.5 + 0.5
+    if image.ndim == 2:
+        return image  # imshow leaves out what is NaN
+    return np.concatenate([np.nan_to_num(image), ~np.isnan(image[..., :1])], -1)

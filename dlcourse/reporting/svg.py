@@ -49,7 +49,7 @@ def _restyle(text: str, name: str) -> str:
 
 
 def inline(text: str) -> str:
-    """The SVG for use inside a page: as wide as its box at most, in the page's ink.
+    """The SVG for use inside a page: as wide as its box, but never too small to read, in the page's ink.
 
     The page says what it shows (caption and alternative text), so the drawing itself is hidden from readers.
     """
@@ -57,5 +57,6 @@ def inline(text: str) -> str:
     head, rest = text.split(">", 1)
     width = re.search(r'\swidth="([\d.]+)pt"', head)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    size = f' style="width:min(100%,{float(width.group(1)) * 4 / 3:.0f}px)"' if width else ""
+    pixels = float(width.group(1)) * 4 / 3 if width else 0
+    size = f' aria-hidden="true" style="width:min(100%,{pixels:.0f}px);min-width:{0.85 * pixels:.0f}px"' if pixels else ""
     return f"{head}{size}>{rest}"
