@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -48,13 +49,19 @@ def _convolve_shifted(images, kernel, padding):
     return _convolve(images, kernel, 1, padding)
 
 
-@_convolve_shifted.defjvp
 def _convolve_shifted_jvp(padding, primals, tangents):
-    # Transposing this sum onto the kernel gives shift(images)^T @ cotangent, one product an offset:
-    # the quick weight gradient, with no rule of its own for reverse mode.
+    # Transposing the shifted products onto the kernel gives shift(images)^T @ cotangent, one product
+    # an offset: the quick weight gradient, with no rule of its own for reverse mode.
     (images, kernel), (d_images, d_kernel) = primals, tangents
-    out = _convolve_shifted(images, kernel, padding)
-    return out, _convolve(d_images, kernel, 1, padding) + _shifted_products(images, d_kernel, padding)
+    terms = []
+    if not isinstance(d_images, SymbolicZero):
+        terms.append(_convolve(d_images, kernel, 1, padding))
+    if not isinstance(d_kernel, SymbolicZero):
+        terms.append(_shifted_products(images, d_kernel, padding))
+    return _convolve_shifted(images, kernel, padding), sum(terms)
+
+
+_convolve_shifted.defjvp(_convolve_shifted_jvp, symbolic_zeros=True)
 
 
 def convolve(images: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None = None) -> jax.Array:

@@ -1,0 +1,1 @@
+"""State, losses, optimizers, the step, the loop, checkpoints, evaluation."""

@@ -1,0 +1,123 @@
+"""What a classifier does on a split, example by example, and the figures made from that."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dlcourse.contracts import Batch, Predict
+
+
+class Predictions(struct.PyTreeNode):
+    """One entry an example, in the split's order.
+
+    Attributes:
+      index: (N,) position in the split.
+      label: (N,) the truth.
+      predicted: (N,) the most probable class.
+      confidence: (N,) its probability, in [0, 1].
+      nll: (N,) -log probability of the truth, in nats.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    nll: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        return self.predicted == self.label
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, variables, images):
+    return model.apply(variables, images)[0]
+
+
+def predictor(model, variables) -> Predict:
+    """images -> logits with these variables, which stay arguments: new ones never recompile."""
+    return functools.partial(_logits, model, variables)
+
+
+@jax.jit
+def _judge(logits, label):
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    nll = -jnp.take_along_axis(log_p, label[:, None], 1)[:, 0]
+    return logits.argmax(-1), jnp.exp(log_p.max(-1)), nll
+
+
+def predictions(predict: Predict, batches: Iterable[Batch]) -> Predictions:
+    """Every example's prediction; entries that the batches' `mask` excludes are left out."""
+    parts = []
+    for batch in batches:
+        predicted, confidence, nll = _judge(predict(batch["image"]), batch["label"])
+        columns = (batch["index"], batch["label"], predicted, confidence, nll)
+        parts.append([np.asarray(column)[np.asarray(batch["mask"])] for column in columns])
+    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927): (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
+    z, n, p = 1.959963984540054, trials, successes / trials
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def paired_difference(correct: np.ndarray, control: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Difference of two accuracies on the same examples, with its 95 % interval.
+
+    The interval is Wald's for paired proportions with Agresti & Min's (2005) half observation
+    added to each of the four cells, so that it has a width even where the two never differ.
+
+    Args:
+      correct: (N,) bool.
+      control: (N,) bool, on the same examples in the same order.
+    """
+    wins, losses = np.sum(correct & ~control) + 0.5, np.sum(~correct & control) + 0.5
+    n = len(correct) + 2
+    centre = (wins - losses) / n
+    spread = 1.959963984540054 * math.sqrt(wins + losses - (wins - losses) ** 2 / n) / n
+    return float(correct.mean() - control.mean()), (centre - spread, centre + spread)
+
+
+def calibration_error(found: Predictions, bins: int = 15) -> float:
+    """ECE = sum_b n_b / N |accuracy_b - confidence_b| over equal-width bins (Guo et al. 2017, section 2)."""
+    which = np.minimum((found.confidence * bins).astype(int), bins - 1)
+    gap = np.bincount(which, found.correct - found.confidence.astype(np.float64), bins)
+    return float(np.abs(gap).sum() / len(which))
+
+
+def confusion(found: Predictions, num_classes: int) -> np.ndarray:
+    """(K, K) counts: row the truth, column the prediction."""
+    return np.bincount(found.label * num_classes + found.predicted, minlength=num_classes**2).reshape(num_classes, -1)
+
+
+def per_class(found: Predictions, num_classes: int) -> list[dict[str, float]]:
+    """For every class: `n`, `recall`, `precision`, `f1`; None where a ratio has no cases."""
+    counts = confusion(found, num_classes)
+    rows = []
+    for hits, truth, named in zip(np.diag(counts), counts.sum(1), counts.sum(0), strict=True):
+        ratio = {"recall": (hits, truth), "precision": (hits, named), "f1": (2 * hits, truth + named)}
+        rows.append({"n": int(truth), **{name: float(a / b) if b else None for name, (a, b) in ratio.items()}})
+    return rows
+
+
+def summarise(found: Predictions) -> Iterator[tuple[str, float]]:
+    """(name, value): accuracy with its Wilson interval, mean NLL, ECE, and over how many examples."""
+    hits, n = int(found.correct.sum()), len(found.label)
+    low, high = wilson(hits, n)
+    yield from {"accuracy": hits / n, "accuracy_low": low, "accuracy_high": high,
+                "nll": float(found.nll.mean()), "ece": calibration_error(found), "n": n}.items()
+
+
+def classification(predict: Predict, batches: Iterable[Batch]) -> Iterator[tuple[str, float]]:
+    """The Evaluator of classifiers: `summarise` over the predictions on the batches."""
+    yield from summarise(predictions(predict, batches))

@@ -1,0 +1,57 @@
+"""The training step: one update, pure, knowing nothing of devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dlcourse.contracts import Batch, Loss
+from dlcourse.streams import stream
+from dlcourse.training.state import TrainState
+
+
+def train_step(state: TrainState, batch: Batch, *, loss: Loss, tx: optax.GradientTransformation,
+               ema: float = 0.0, accumulate: int = 1) -> tuple[TrainState, dict[str, jax.Array]]:
+    """params <- params + tx(mean gradient of the loss over the batch).
+
+    Args:
+      state: before the update.
+      batch: B examples; B a multiple of `accumulate`.
+      loss: a Loss.
+      tx: the optimizer whose state is in `state`.
+      ema: decay d of the average, ema <- d' ema + (1 - d') params with d' = min(d, (1+t)/(10+t)).
+      accumulate: parts of the batch that go through the network one after another.
+
+    Returns:
+      The state after the update, and the loss's metrics with `grad_norm`.
+    """
+    key = stream(state.key, "step", state.step)
+    grads, model_state, metrics = _gradient(loss, state, batch, key, accumulate)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.ema
+    if average is not None:
+        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        average = optax.incremental_update(params, average, 1 - decay)
+    state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=average)
+    return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+
+def _gradient(loss, state, batch, key, parts):
+    """The gradient, new model state and metrics; over several parts, their means."""
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        (_, (model_state, metrics)), grads = value_and_grad(state.params, state.model_state, batch, key)
+        return grads, model_state, metrics
+
+    def one(model_state, part):
+        index, batch = part
+        (_, (model_state, metrics)), grads = value_and_grad(
+            state.params, model_state, batch, stream(key, "part", index))
+        return model_state, (grads, metrics)
+
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), dict(batch))
+    model_state, stacked = jax.lax.scan(one, state.model_state, (jnp.arange(parts), split))
+    grads, metrics = jax.tree.map(lambda x: x.mean(0), stacked)
+    return grads, model_state, metrics

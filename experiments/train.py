@@ -1,0 +1,155 @@
+"""From settings to a trained state: what every experiment that trains has in common."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dlcourse import data, models, streams
+from dlcourse.contracts import Dataset, InputError, Loss
+from dlcourse.data import augment, batches
+from dlcourse.models import size
+from dlcourse.reporting import terminal
+from dlcourse.reporting.run import Run
+from dlcourse.training import checkpoint, durations, evaluation, losses, optimizers, state as states
+from dlcourse.training.loop import fit
+from dlcourse.training.state import TrainState
+from dlcourse.training.step import train_step
+from experiments import settings
+
+
+class Trained(NamedTuple):
+    """What training leaves: the last state, the one it began with, and where the seconds went."""
+
+    state: TrainState
+    initial: TrainState
+    seconds: dict[str, float]
+
+
+def load_data(wanted: settings.Data, seed: int) -> Dataset:
+    return data.load(wanted.dataset, image_size=wanted.image_size, validation_fraction=wanted.validation_fraction, seed=seed)
+
+
+def build_model(wanted: settings.Model, dataset: Dataset):
+    return models.create(wanted.model, dataset.num_classes, dataset.image_shape, wanted.dtype)
+
+
+def classifier_loss(model, config, dataset: Dataset) -> Loss:
+    """Cross-entropy on augmented batches, as the settings say."""
+    loss = losses.cross_entropy(model, label_smoothing=config.optimizer.label_smoothing)
+    if not config.data.augment:
+        return loss
+    return losses.augmented(loss, augment.create(config.data.augment, dataset.num_classes))
+
+
+def banner(config, dataset: Dataset, model, run: Run) -> None:
+    devices = jax.devices()
+    sizes = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
+    parameters = size.parameters(size.abstract_variables(model, dataset.image_shape))
+    terminal.banner({
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "data": f"{dataset.name}: {sizes}; {'x'.join(map(str, dataset.image_shape))}, {dataset.num_classes} classes",
+        "model": f"{config.model.model}: {parameters:,} parameters, {config.model.dtype}",
+        "run": run.path,
+    })
+
+
+def make_optimizer(wanted: settings.Optimizer, total: int | None, period):
+    """The optimizer with its schedule over `total` updates; `period` turns a duration into updates."""
+    if total is None and wanted.schedule != "constant":
+        raise InputError(f"--schedule={wanted.schedule} must know the number of steps, which --train_for in minutes does "
+                         "not tell: give epochs, steps or examples, or --schedule=constant")
+    rate = optimizers.schedule(wanted.schedule, wanted.learning_rate, total or 0, period(wanted.warmup))
+    return optimizers.create(wanted.optimizer, rate, weight_decay=wanted.weight_decay, momentum=wanted.momentum,
+                             clip=wanted.clip)
+
+
+def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
+    """Train `model` by `loss` in the run's folder, from its newest checkpoint if it has one.
+
+    Args:
+      config: with the concerns `data`, `model`, `optimizer` and `run` of settings.
+      run: the open run folder; metrics and checkpoints go there.
+      dataset: trained on `train`, watched on `validation`; `test` is not touched.
+      model: a Flax module under the Model contract.
+      loss: a Loss of it.
+    """
+    batch_size, split = config.data.batch_size, dataset.splits["train"]
+
+    def period(text):
+        return durations.parse(text).steps(batch_size, len(split))
+
+    total, wanted = period(config.run.train_for), config.optimizer
+    minutes = durations.parse(config.run.train_for).value if total is None else None
+    tx = make_optimizer(wanted, total, period)
+    initial = states.create(model, dataset.image_shape, tx, streams.root(config.run.seed), ema=wanted.ema > 0)
+    if config.model.init_from:
+        initial = start_from(config.model.init_from, initial)
+    with checkpoint.Checkpoints(run.path / "checkpoints") as saved:
+        state = saved.restore(initial) or jax.tree.map(jax.numpy.copy, initial)
+        step, began = int(state.step), time.monotonic()
+        run.truncate_metrics(step)
+        feed = batches.train_batches(split, batch_size, seed=config.run.seed, start=step)
+        run_step, compiled, feed = _compile(state, feed, loss=loss, tx=tx, ema=wanted.ema, accumulate=wanted.accumulate)
+        with terminal.Progress(total, done=step) as progress:
+            watch = _Watch(run, progress, model, dataset, batch_size, step, log_every=max(1, (total or 1000) // 200))
+            state = fit(
+                state, run_step, feed, steps=total, seconds=minutes and 60 * minutes, on_step=watch.step,
+                every=[(period(config.run.eval_every) or 1, watch.evaluate),
+                       (period(config.run.checkpoint_every) or 1, lambda _, state: saved.save(state))],
+            )
+    return Trained(state, initial, {"compile": compiled, "train": time.monotonic() - began - compiled})
+
+
+def start_from(folder: str, fresh: TrainState) -> TrainState:
+    """`fresh` with the variables that the run in `folder` ended with."""
+    variables = dict(checkpoint.load_variables(folder, fresh))
+    params = variables.pop("params")
+    average = None if fresh.ema is None else jax.tree.map(jax.numpy.copy, params)
+    return fresh.replace(params=params, model_state=variables, ema=average)
+
+
+def predictions(model, variables, split, batch_size: int = 500) -> evaluation.Predictions:
+    return evaluation.predictions(evaluation.predictor(model, variables), batches.eval_batches(split, batch_size))
+
+
+def _compile(state, feed, **how):
+    """The compiled step, the seconds that took, and the batches from the first one on."""
+    first, began = next(feed), time.monotonic()
+    step = jax.jit(functools.partial(train_step, **how), donate_argnums=0).lower(state, first).compile()
+
+    def whole():
+        yield first
+        yield from feed
+
+    return step, time.monotonic() - began, whole()
+
+
+class _Watch:
+    """Looks on while the loop runs: means of the training metrics, validation, progress."""
+
+    def __init__(self, run, progress, model, dataset, batch_size, start, log_every):
+        self.run, self.progress, self.model, self.dataset = run, progress, model, dataset
+        self.batch_size, self.log_every, self.start, self.began = batch_size, log_every, start, time.monotonic()
+        self.window: list[dict[str, float]] = []
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self.window.append(metrics)
+        if step % self.log_every == 0:
+            means = {name: float(np.mean([m[name] for m in self.window])) for name in metrics}
+            self.run.log(step, "train", means, self._seconds())
+            self.window.clear()
+        speed = (step - self.start) * self.batch_size / self._seconds()
+        shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
+        self.progress.update(step, {**shown, "examples/s": speed})
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        found = predictions(self.model, state.variables, self.dataset.splits["validation"])
+        self.run.log(step, "validation", dict(evaluation.summarise(found)), self._seconds())
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.began

@@ -1,0 +1,70 @@
+"""Figures of merit against scikit-learn, scipy and hand-made cases."""
+
+import numpy as np
+import scipy.special
+import scipy.stats
+import sklearn.metrics
+
+from dlcourse.training import evaluation
+
+
+def random_predictions(n=500, k=4):
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((n, k)).astype(np.float32) * 2
+    label = rng.integers(0, k, n).astype(np.int32)
+    parts = [{"image": logits[i : i + 64], "label": label[i : i + 64], "index": np.arange(i, min(i + 64, n))}
+             for i in range(0, n, 64)]
+    for part in parts:  # the last batch is padded and masked
+        short = 64 - len(part["label"])
+        part["mask"] = np.arange(64) < len(part["label"])
+        part["image"], part["label"] = np.pad(part["image"], ((0, short), (0, 0))), np.pad(part["label"], (0, short))
+        part["index"] = np.pad(part["index"], (0, short))
+    return logits, label, evaluation.predictions(lambda images: images, parts)
+
+
+def test_predictions_cover_every_example_once_in_order():
+    logits, label, found = random_predictions()
+    np.testing.assert_array_equal(found.index, np.arange(500))
+    np.testing.assert_array_equal(found.label, label)
+    np.testing.assert_array_equal(found.predicted, logits.argmax(1))
+
+
+def test_summary_agrees_with_scikit_learn():
+    logits, label, found = random_predictions()
+    p = scipy.special.softmax(logits.astype(np.float64), 1)
+    got = dict(evaluation.summarise(found))
+    np.testing.assert_allclose(got["accuracy"], sklearn.metrics.accuracy_score(label, logits.argmax(1)))
+    np.testing.assert_allclose(got["nll"], sklearn.metrics.log_loss(label, p), rtol=1e-5)
+    assert got["n"] == 500
+    np.testing.assert_array_equal(evaluation.confusion(found, 4), sklearn.metrics.confusion_matrix(label, logits.argmax(1)))
+    precision, recall, f1, n = sklearn.metrics.precision_recall_fscore_support(label, logits.argmax(1))
+    rows = evaluation.per_class(found, 4)
+    for name, column in {"precision": precision, "recall": recall, "f1": f1, "n": n}.items():
+        np.testing.assert_allclose([row[name] for row in rows], column)
+
+
+def test_wilson_agrees_with_scipy():
+    for hits, n in [(0, 10), (5, 10), (10, 10), (980, 1000)]:
+        expected = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
+        np.testing.assert_allclose(evaluation.wilson(hits, n), (expected.low, expected.high), atol=1e-12)
+
+
+def test_calibration_error_of_planted_confidence():
+    n = 1000
+    correct = np.arange(n) % 10 < 7  # right in 70 % of cases, said with 90 %
+    found = evaluation.Predictions(np.arange(n), np.zeros(n, int), np.where(correct, 0, 1), np.full(n, 0.9), np.zeros(n))
+    np.testing.assert_allclose(evaluation.calibration_error(found), 0.2, atol=1e-9)
+
+
+def test_paired_interval_covers_the_truth_and_has_width_when_all_agree():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        both = rng.random(300)
+        one, other = both < 0.9, (both < 0.85) ^ (rng.random(300) < 0.05)
+        truth = 0.9 - (0.85 * 0.95 + 0.15 * 0.05)
+        low, high = evaluation.paired_difference(one, other)[1]
+        covered += low <= truth <= high
+    assert 0.92 <= covered / 400 <= 0.98
+    low, high = evaluation.paired_difference(np.ones(50, bool), np.ones(50, bool))[1]
+    assert low < 0 < high
