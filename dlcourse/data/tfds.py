@@ -1,0 +1,159 @@
+"""`tfds:NAME`: TensorFlow Datasets by random access, without TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import urllib.parse
+from typing import Any
+
+import numpy as np
+
+from dlcourse.contracts import Dataset, InputError
+from dlcourse.data import arrays
+
+IN_MEMORY = 2**28
+"""Splits of up to this many bytes are read once; larger ones are decoded as they are needed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSplit:
+    """A split whose images are decoded when they are read.
+
+    Attributes:
+      source: random access to features, as `as_data_source` gives.
+      rows: (N,) positions in it that make this split.
+      labels: (N,) int32.
+      image_size: side of the square that images are resized to; 0 keeps them.
+    """
+
+    source: Any
+    rows: np.ndarray
+    labels: np.ndarray
+    image_size: int
+    decodes = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        images = [example["image"] for example in self.source.__getitems__([int(row) for row in self.rows[indices]])]
+        if self.image_size:
+            images = [arrays.resized(image[None], self.image_size)[0] for image in images]
+        return {"image": arrays.to_float(np.stack(images)), "label": self.labels[indices]}
+
+    def take(self, positions: np.ndarray) -> TfdsSplit:
+        """The split of only these examples, in this order."""
+        return dataclasses.replace(self, rows=self.rows[positions], labels=self.labels[positions])
+
+
+def data_dir() -> pathlib.Path:
+    """Where TFDS keeps its data: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def is_prepared(name: str) -> bool:
+    """Whether some version of `name` lies there in a format that can be read without TensorFlow."""
+    infos = (data_dir() / name).glob("**/dataset_info.json")
+    return any(json.loads(info.read_text()).get("fileFormat") == "array_record" for info in infos)
+
+
+def load(name: str, image_size: int) -> Dataset:
+    """Reads, and where it must downloads and prepares, a data set with features `image` and `label`.
+
+    A split `test` is used as it is. Where there is only `validation` besides `train`, as in ImageNet, that is
+    our test split and validation is carved from train: what is reported was never selected on.
+
+    Args:
+      name: as TFDS spells it: NAME[/CONFIG][:VERSION].
+      image_size: side to resize to; 0 keeps images, which must then all have one shape.
+
+    Returns:
+      A data set of the splits that TFDS has.
+
+    Raises:
+      InputError: unknown, not an image classification, cannot be prepared, or damaged.
+    """
+    builder = prepared(name)
+    height, width, channels = image_shape(name, builder.info.features, image_size)
+    names = [split for split in ("train", "validation", "test") if split in builder.info.splits]
+    if "train" not in names:
+        raise InputError(f"tfds:{name}: has no split called train but {', '.join(builder.info.splits)}; choose another")
+    try:
+        splits = {split: read(builder, split, (height, width, channels), image_size) for split in names}
+    except Exception as error:  # array_record, protobuf and PIL raise what they like
+        raise InputError(f"tfds:{name}: {builder.data_path} cannot be read ({one_line(error)}); "
+                         "delete that folder and prepare it again") from error
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+    licence = builder.info.redistribution_info.license or "not stated by TFDS"
+    return Dataset(builder.info.name, splits, tuple(builder.info.features["label"].names), (height, width, channels),
+                   builder.info.citation, licence)
+
+
+def prepared(name: str) -> Any:
+    """TFDS' builder of `name`, its data on disk as array_record."""
+    import tensorflow_datasets
+
+    try:
+        builder = tensorflow_datasets.builder(name, data_dir=data_dir())
+    except Exception as error:  # an unknown name, version or configuration each raises another type
+        raise InputError(f"tfds:{name}: {one_line(error)}; see tensorflow.org/datasets/catalog for names") from error
+    if not builder.is_prepared():
+        try:
+            check_online(builder)
+            builder.download_and_prepare(file_format="array_record")
+        except Exception as error:
+            raise InputError(
+                f"tfds:{name}: not in {data_dir()} and cannot be prepared here ({one_line(error)}); some data sets "
+                "need TensorFlow for that: run `tfds build --file_format=array_record` where it is installed and copy the "
+                "folder, or use folder:PATH") from error
+    if builder.info.file_format.value != "array_record":
+        raise InputError(f"tfds:{name}: {builder.data_path} holds {builder.info.file_format.value}, which needs "
+                         "TensorFlow; prepare it again with file_format=array_record, or set TFDS_DATA_DIR to another folder")
+    return builder
+
+
+def check_online(builder: Any) -> None:
+    """Raises OSError where the host of a builder's first file cannot be found; TFDS itself retries for minutes."""
+    for url in list(builder.url_infos)[:1]:
+        socket.getaddrinfo(urllib.parse.urlparse(url).hostname, None)
+
+
+def image_shape(name: str, features: Any, image_size: int) -> tuple[int, int, int]:
+    """(H,W,C) of images as they will be read."""
+    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
+        raise InputError(f"tfds:{name}: has the features {', '.join(features)}; an image classification has "
+                         "`image` and `label`: choose another")
+    height, width, channels = features["image"].shape
+    if image_size:
+        return image_size, image_size, channels
+    if height is None or width is None:
+        raise InputError(f"tfds:{name}: its images differ in size; give --image_size, such as --image_size=224")
+    return height, width, channels
+
+
+def read(builder: Any, split: str, shape: tuple[int, int, int], image_size: int) -> arrays.ArraySplit | TfdsSplit:
+    """One split, in memory where it fits. Labels are read without decoding images."""
+    import tensorflow_datasets
+
+    skip = {"image": tensorflow_datasets.decode.SkipDecoding()}
+    undecoded = builder.as_data_source(split, decoders=skip)
+    labels = np.array([undecoded[i]["label"] for i in range(len(undecoded))], np.int32)
+    lazy = TfdsSplit(builder.as_data_source(split), np.arange(len(labels)), labels, image_size)
+    if len(labels) * np.prod(shape, dtype=np.int64) > IN_MEMORY:
+        return lazy
+    images = np.empty((len(labels), *shape), np.uint8)
+    for i, example in enumerate(lazy.source):
+        image = np.asarray(example["image"])
+        images[i] = arrays.resized(image[None], image_size)[0] if image_size else image
+    return arrays.ArraySplit(images, labels)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters, for inside a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
