@@ -53,6 +53,9 @@ def _check_optimizer(values, given, times) -> None:
     if values.get("batch_size", 0) % values.get("accumulate", 1):
         raise InputError(f"--accumulate={values['accumulate']} does not divide --batch_size={values['batch_size']}; "
                          "its parts must be of one size")
+    if schedule != "constant" and "train_for" in times and times["train_for"].unit == "minutes":
+        raise InputError(f"--train_for={values['train_for']}: --schedule={schedule} must know the number of steps; "
+                         "give epochs, steps or examples, or take --schedule=constant")
     if "warmup" in times:
         _check_warmup(values, schedule, times["warmup"], times.get("train_for"))
 

@@ -21,7 +21,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,33 +74,30 @@ def _execute(main, Config, name: str, argv: list[str]) -> None:
         _require_accelerator()
     workdir = Path(values.get("workdir") or default_workdir(name, config)).expanduser()
     typed = parsing.as_flags({key: given[key] for key in given if key not in WHERE_ONLY})
-    with _withdrawn_when_refused(workdir), open_run(
-            workdir, name, dataclasses.asdict(config), typed, overwrite=values.get("overwrite", False),
-            tensorboard=values.get("tensorboard", False)) as opened:
+    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    with open_run(workdir, name, dataclasses.asdict(config), typed, overwrite=values.get("overwrite", False),
+                  tensorboard=values.get("tensorboard", False)) as opened:
         if not opened.finished:
-            main(config, opened)
+            try:
+                main(config, opened)
+            except InputError:
+                _withdraw(workdir, missing)
+                raise
         if opened.finished:
             from dlcourse.reporting import terminal
 
             terminal.summary(opened.finished, opened.path)
 
 
-@contextlib.contextmanager
-def _withdrawn_when_refused(workdir: Path) -> Iterator[None]:
-    """Takes a new run's folder away again when its input is refused before it left anything worth keeping."""
-    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    blank = not workdir.is_dir() or not any(workdir.iterdir())
-    try:
-        yield
-    except InputError:
-        opened = {"config.json", "flags.txt", files.LOCK}
-        with contextlib.suppress(OSError):
-            if blank and {entry.name for entry in workdir.iterdir()} <= opened:
-                for name in opened:
-                    (workdir / name).unlink(missing_ok=True)
-                for folder in missing:
-                    folder.rmdir()
-        raise
+def _withdraw(workdir: Path, missing: list[Path]) -> None:
+    """Takes the folder of a refused run away, with the parents made for it, if nothing was measured in it yet."""
+    opened = {"config.json", "flags.txt", files.LOCK}
+    with contextlib.suppress(OSError):
+        if {entry.name for entry in workdir.iterdir()} <= opened:
+            for name in opened:
+                (workdir / name).unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()
 
 
 def by_name(config) -> dict[str, Any]:
