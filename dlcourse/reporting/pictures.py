@@ -81,15 +81,15 @@ def sample_predictions(images: np.ndarray, labels: np.ndarray, probabilities: np
             "worst: right and least sure": right[np.argsort(confidence[right], kind="stable")][:columns],
             "most wrong: wrong and surest": wrong[np.argsort(-confidence[wrong], kind="stable")][:columns]}
     rows = {title: chosen for title, chosen in rows.items() if len(chosen)}
-    fig = Figure(figsize=(0.98 * columns, 1.62 * len(rows)))
+    fig = Figure(figsize=(0.98 * columns, 1.6 * len(rows)))
     for part, (title, chosen) in zip(np.ravel(fig.subfigures(len(rows), 1)), rows.items(), strict=True):
         part.suptitle(title, x=0.005, ha="left", fontsize=9, fontweight="bold")
         for ax, index in zip(part.subplots(1, columns, squeeze=False)[0], [*chosen, *[None] * columns], strict=False):
             ax.axis("off")
             if index is not None:
                 _picture(ax, images[index])
-                ax.set_title(_verdict(labels[index], predicted[index], confidence[index], class_names), loc="center",
-                             fontsize=7, fontweight="normal", y=-0.02, va="top", linespacing=1.25)
+                ax.text(0.5, -0.06, _verdict(labels[index], predicted[index], confidence[index], class_names),
+                        transform=ax.transAxes, ha="center", va="top", fontsize=7.5, linespacing=1.3)
     said = " ".join(f"{title[:1].upper()}{title[1:]}: {_in_words(chosen, labels, predicted, confidence, class_names)}."
                     for title, chosen in rows.items())
     none = "" if len(wrong) else " None was wrong."
@@ -141,6 +141,7 @@ def filters(trained: np.ndarray, untrained: np.ndarray, most: int = 64) -> Drawi
     scale = float(max(np.abs(trained).max(), np.abs(untrained).max())) or 1.0
     fig = Figure(figsize=(6.6, 3.4))
     axes = fig.subplots(1, 2)
+    fig.get_layout_engine().set(wspace=0.08)
     for ax, kernels, name in zip(axes, (trained, untrained), ("trained", "untrained (control)"), strict=True):
         shown = ax.imshow(_on_one_scale(kernels, scale), cmap="RdBu_r", vmin=0, vmax=1)
         ax.set_title(name)

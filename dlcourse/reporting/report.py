@@ -34,7 +34,7 @@ def render(result: Mapping[str, Any], folder: Path) -> str:
     return _environment().get_template("report.html.jinja").render(
         result=result, title=result["experiment"].replace("_", " ").capitalize(), subtitle=_subtitle(settings),
         tiles=list(_tiles(result)), figures=_figures(result["figures"], folder), metrics=list(_metrics(result["metrics"])),
-        settings=settings, environment=[*result["environment"].items(), *_times(result["seconds"])])
+        settings=settings, environment=[("date", result["date"]), *result["environment"].items(), *_times(result["seconds"])])
 
 
 def render_course(rows: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import re
 import shlex
@@ -117,6 +118,7 @@ class Run:
 
         result = files.plain({
             "schema": 1, "experiment": self.experiment, "status": "finished", "command": self.command,
+            "date": datetime.date.today().isoformat(),
             "config": self.config, "environment": environment, "seconds": seconds, "metrics": metrics,
             "claims": list(claims), "figures": self.figures, "tables": list(tables)})
         if self._writes:

@@ -58,5 +58,6 @@ def inline(text: str) -> str:
     width = re.search(r'\swidth="([\d.]+)pt"', head)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     pixels = float(width.group(1)) * 4 / 3 if width else 0
-    size = f' aria-hidden="true" style="width:min(100%,{pixels:.0f}px);min-width:{0.85 * pixels:.0f}px"' if pixels else ""
+    smallest = (0.65 if pixels < 520 else 0.8) * pixels  # a small figure fits a phone whole, a wide one scrolls
+    size = f' aria-hidden="true" style="width:min(100%,{pixels:.0f}px);min-width:{smallest:.0f}px"' if pixels else ""
     return f"{head}{size}>{rest}"
