@@ -110,7 +110,7 @@ def default_workdir(name: str, config) -> Path:
     values = by_name(config)
     telling = {key: value for key, value in values.items() if key not in WHERE_ONLY + HOW_ONLY}
     digest = hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:8]
-    words = [re.sub(r"[^A-Za-z0-9.]+", "-", str(values[key])).strip("-.")[:40] for key in ("dataset", "model")
+    words = [re.sub(r"[^A-Za-z0-9]+", "-", str(values[key])).strip("-")[:40] for key in ("dataset", "model")
              if key in values]
     return Path("runs", name, "-".join([*filter(None, words), digest]))
 
