@@ -36,8 +36,8 @@ def fashion_mnist() -> Dataset:
     except Exception as error:  # TFDS raises what it likes: from requests, etils, importlib
         raise InputError(
             f"--dataset={NAME}: not on this machine, and TFDS could not download it ({tfds.one_line(error)}). "
-            f"Either go online; or `apt install dataset-fashion-mnist`; or set TFDS_DATA_DIR to a folder (now {tfds.data_dir()}) "
-            f"that holds {NAME} prepared as array_record; or try --dataset=digits") from error
+            f"Either go online; or `apt install dataset-fashion-mnist`; or set TFDS_DATA_DIR to a folder "
+            f"(now {tfds.data_dir()}) that holds {NAME} prepared as array_record; or try --dataset=digits") from error
 
 
 def downloaded() -> dict[str, tuple[pathlib.Path, pathlib.Path]]:

@@ -109,11 +109,11 @@ def prepared(name: str) -> Any:
         except Exception as error:
             raise InputError(
                 f"tfds:{name}: not in {data_dir()} and cannot be prepared here ({one_line(error)}); some data sets "
-                "need TensorFlow for that: run `tfds build --file_format=array_record` where it is installed and copy the "
-                "folder, or use folder:PATH") from error
+                "need TensorFlow for that: run `tfds build --file_format=array_record` where it is installed and copy "
+                "the folder, or use folder:PATH") from error
     if builder.info.file_format.value != "array_record":
         raise InputError(f"tfds:{name}: {builder.data_path} holds {builder.info.file_format.value}, which needs "
-                         "TensorFlow; prepare it again with file_format=array_record, or set TFDS_DATA_DIR to another folder")
+                         "TensorFlow; prepare it again with file_format=array_record, or set TFDS_DATA_DIR elsewhere")
     return builder
 
 
