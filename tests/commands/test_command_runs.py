@@ -61,6 +61,7 @@ def test_a_disk_that_fills_up_under_a_library(tmp_path):
 
 @pytest.mark.parametrize(("raised", "said"), [
     ("OSError(28, 'No space left on device', 'x/state')", "x/state"),
+    ("ValueError('Error writing local file: No space left on device')", "--workdir"),
     ("ValueError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes')", "--batch_size"),
     ("MemoryError()", "out of memory"),
     ("RuntimeError('Unable to initialize backend cuda')", "JAX_PLATFORMS")])
