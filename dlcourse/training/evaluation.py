@@ -88,6 +88,12 @@ def paired_difference(correct: np.ndarray, control: np.ndarray) -> tuple[float, 
     return float(correct.mean() - control.mean()), (centre - spread, centre + spread)
 
 
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a mean of independent values (N,), by the normal approximation."""
+    reach = 1.959963984540054 * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - reach), float(np.mean(values) + reach)
+
+
 def calibration_error(found: Predictions, bins: int = 15) -> float:
     """ECE = sum_b n_b / N |accuracy_b - confidence_b| over equal-width bins (Guo et al. 2017, section 2)."""
     which = np.minimum((found.confidence * bins).astype(int), bins - 1)

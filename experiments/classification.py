@@ -1,0 +1,60 @@
+"""Image classification, end to end from pixels: are features learned, and does depth help?
+
+Lecture: representation learning (L01), deep learning as a cascade (L07), hierarchical ConvNets (L11).
+Claims, each with the control that could refute it:
+  L01.learned   features learned end to end beat a linear classifier on pixels: same data, same number of updates
+  L01.numbers   a few learned numbers classify better than as many random, principal or raw ones (--splits)
+  L07.depth     the class is easier to read from each deeper layer; not so in the same network untrained
+  L11.fields    receptive fields grow layer by layer; arithmetic equal to differentiation at every layer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from experiments import command, settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    splits: int = settings.setting(0, "compare the network's last features with as many random and principal ones on this "
+                                   "many fresh splits of the data, training anew on each (small data sets); 0 does not")
+    probe_examples: int = settings.setting(4000, "training images that the linear probes of each layer are fitted on, at most")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: settings.Data = settings.Data(augment="crop=1")
+    model: settings.Model = settings.Model()
+    optimizer: settings.Optimizer = settings.Optimizer()
+    run: settings.Run = settings.Run()
+    analysis: Analysis = Analysis()
+
+
+def main(config: Config, run) -> None:
+    # Imported here, since JAX takes a second that `--help` and a mistyped flag should not wait for.
+    from dlcourse.reporting import environment
+    from dlcourse.training import evaluation
+    from experiments import classification_evidence as evidence
+    from experiments import train
+
+    began = time.monotonic()
+    dataset = train.load_data(config.data, config.run.seed)
+    model = train.build_model(config.model, dataset)
+    train.banner(config, dataset, model, run)
+    trained = train.train(config, run, dataset, model, train.classifier_loss(model, config, dataset))
+    found = {split: train.predictions(model, trained.state.variables, dataset.splits[split])
+             for split in ("validation", "test")}
+    metrics = {f"{split}/{name}": value for split in found for name, value in evaluation.summarise(found[split])}
+    evidence.draw_predictions(run, dataset, found["test"])
+    evidence.draw_filters(run, trained)
+    claims = []
+    for measure in (evidence.learned_beats_pixels, evidence.hundred_numbers, evidence.depth_helps, evidence.fields_grow):
+        claims += measure(config, run, dataset, model, trained, found["test"], metrics)
+    run.finish(metrics, claims, {"total": time.monotonic() - began, **trained.seconds}, environment.describe(),
+               tables=[evidence.class_table(dataset, found["test"])])
+
+
+if __name__ == "__main__":
+    command.run(main, Config, name="classification")
