@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from dlcourse.contracts import InputError
+from dlcourse.reporting import files, report
+
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -84,15 +87,26 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the course; returns 0 when all of it ran, 1 otherwise."""
-    folder = Path(_parse(argv).workdir)
-    runs = []
-    for number, command in enumerate(existing(COMMANDS), start=1):
+    """Runs the course; returns 0 when all of it ran, 1 otherwise, 2 where it cannot write."""
+    folder = Path(_parse(argv).workdir).expanduser()
+    try:
+        runs = run_all(existing(COMMANDS), folder)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\nindex  {folder / 'index.html'}")
+    return 0 if all(run["outcome"] == "finished" for run in runs) else 1
+
+
+def run_all(commands: Sequence[tuple[str, ...]], folder: Path) -> list[dict]:
+    """Runs one command after the other; the index is up to date after each."""
+    runs: list[dict] = []
+    write_index(folder, runs)
+    for number, command in enumerate(commands, start=1):
         print(f"\n== {shlex.join(command)}", flush=True)
         runs.append(execute(command, folder / f"{number:02d}-{_short_name(command)}"))
         write_index(folder, runs)
-    print(f"\nindex  {folder / 'index.html'}")
-    return 0 if all(run["outcome"] == "finished" for run in runs) else 1
+    return runs
 
 
 def existing(commands: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -120,9 +134,11 @@ def execute(command: Sequence[str], workdir: Path) -> dict:
 
 
 def write_index(folder: Path, runs: Sequence[dict]) -> None:
-    """Writes FOLDER/index.html from the runs' result.json."""
-    from dlcourse.reporting import files, report
+    """Writes FOLDER/index.html from the runs' result.json.
 
+    Raises:
+      InputError: FOLDER cannot be written.
+    """
     claims, shown = [], []
     for run in runs:
         link = f"{run['workdir'].name}/report.html" if run["outcome"] == "finished" else None
@@ -130,8 +146,10 @@ def write_index(folder: Path, runs: Sequence[dict]) -> None:
         if link:
             result = json.loads((run["workdir"] / "result.json").read_text())
             claims += [{**claim, "report": link} for claim in result["claims"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(folder / "index.html", report.render_course(lecture_rows(claims, runs), shown))
+    html = report.render_course(lecture_rows(claims, runs), shown)
+    with files.in_one_line(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(folder / "index.html", html)
 
 
 def lecture_rows(claims: Sequence[dict], runs: Sequence[dict]) -> list[dict]:

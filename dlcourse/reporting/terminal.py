@@ -23,7 +23,7 @@ def number(value: Any) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people read them: `4.2 s`, `3 min 05 s`, `2 h 07 min`."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
