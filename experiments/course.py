@@ -43,24 +43,27 @@ LECTURE = (
     Said("L05", "Grouping", "People continue lines, turn to colour all at once and change their rules as needed."),
     Said("L06", "Mid-level cues", "Continuation, parallels, junctions and corners lead to parts of objects, which are "
          "too hard to design by hand: learn them."),
-    Said("L07", "Deep learning", "Several levels of representation, each more abstract: layers of nonlinear processing, "
-         "trained end to end from pixels to classifier.", ("classification", "feature_visualization")),
+    Said("L07", "Deep learning", "Several levels of representation, each more abstract: layers of nonlinear "
+         "processing, trained end to end from pixels to classifier.", ("classification", "feature_visualization")),
     Said("L08", "Learning of object parts", "Parts emerge when categories of objects are learned.",
          ("feature_visualization",)),
     Said("L09", "Deep hierarchies in vision", "The visual system is about ten levels deep, from photoreceptors to TE; "
          "receptive fields grow and the features become those of textures, curves, shapes and faces."),
-    Said("L10", "From the visual system to a ConvNet", "Encoding turns a stimulus into activity, decoding turns activity "
-         "into behaviour."),
+    Said("L10", "From the visual system to a ConvNet", "Encoding turns a stimulus into activity, decoding turns "
+         "activity into behaviour."),
     Said("L11", "Hierarchical CNNs", "Each layer filters, thresholds, pools and normalises. A filter is a template; "
          "receptive fields keep growing.", ("classification", "feature_visualization")),
-    Said("L12", "Traditional recognition", "Before: fixed features, a middle level found without labels, a classifier."),
-    Said("L13", "Hierarchical compositionality", "Images, speech and text are all made of parts that are made of parts."),
+    Said("L12", "Traditional recognition",
+         "Before: fixed features, a middle level found without labels, a classifier."),
+    Said("L13", "Hierarchical compositionality",
+         "Images, speech and text are all made of parts that are made of parts."),
     Said("L14", "How it revived", "Until 2006 deep training failed; pre-training without labels, better estimation and "
          "regularisation mended it."),
     Said("L15", "How it revived", "There came to be many data.", ("transfer",)),
     Said("L16", "How it revived", "Uniform parallel operations on dense vectors are fast.", ("benchmark",)),
     Said("L17", "Tools", "Frameworks that anyone can use are free.", ("benchmark", "transfer")),
-    Said("L18", "Limit 1", "Many clean data are needed: where they exist it works, elsewhere it does not.", ("transfer",)),
+    Said("L18", "Limit 1", "Many clean data are needed: where they exist it works, elsewhere it does not.",
+         ("transfer",)),
     Said("L19", "Limit 2", "Images that nobody can recognise are classified with 99.6 % confidence and more.",
          ("fooling",)),
     Said("L20", "Limit 2", "A change that cannot be seen gives another class: 57.7 % panda becomes 99.3 % gibbon.",
@@ -68,13 +71,15 @@ LECTURE = (
     Said("L21", "Limit 3", "A brain runs on 20 W, a machine took 1 MW. Brains grow connections, then prune them."),
     Said("L22", "Limit 4", "A child learns a class from one picture, by attributes such as a tail or an egg.",
          ("few_shot", "zero_shot")),
-    Said("L23", "Limit 4", "People generalise first, to a big cat, and then specialise, by its tear marks.", ("transfer",)),
+    Said("L23", "Limit 4", "People generalise first, to a big cat, and then specialise, by its tear marks.",
+         ("transfer",)),
     Said("L24", "Limit 4", "Knowledge is hard to transfer: a new class needs new data. Zero and one shot, transfer, "
-         "several tasks at once and learning with few or no labels are the way.", ("transfer", "few_shot", "zero_shot")),
+         "several tasks at once and learning with few or no labels are the way.",
+         ("transfer", "few_shot", "zero_shot")),
     Said("L25", "Limit 5", "Networks of 10 to 100 million parameters are black boxes: accuracy is paid for with "
          "explanation.", ("explanation",)),
-    Said("L26", "Limit 5", "Six questions stay open: why, why not something else, when does it succeed, when fail, when "
-         "to trust it, how to correct it.", ("explanation",)),
+    Said("L26", "Limit 5", "Six questions stay open: why, why not something else, when does it succeed, when fail, "
+         "when to trust it, how to correct it.", ("explanation",)),
     Said("L27", "Limit 6", "Two agents that gather fruit turn on each other as fruit grows scarce."),
 )
 

@@ -48,7 +48,7 @@ def update(readme: Path, results: Path, *, check: bool = False) -> int:
     try:
         text = readme.read_text()
     except FileNotFoundError:
-        raise InputError(f"{readme.name} is missing; write it, with {BEGIN} and {END} where the table belongs") from None
+        raise InputError(f"{readme.name} is missing; write it, with {BEGIN} and {END} for the table") from None
     found = re.search(re.escape(BEGIN) + "\n.*?" + re.escape(END), text, re.S)
     if not found:
         raise InputError(f"{readme.name} has no {BEGIN} … {END}; add both lines where the table belongs")

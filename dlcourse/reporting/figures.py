@@ -77,8 +77,9 @@ def learning_curves(records: Sequence[Mapping[str, Any]]) -> Drawing:
                      for quantity, by_split in curves.items() for split, curve in by_split.items())
     return Drawing(
         fig=fig, caption="How the network learned.", alt=f"Learning curves: {ends}.",
-        how="Logged during training. Training values are means over the batches since the last point, with augmentation "
-            "and dropout on; validation values are over the whole split, with both off. The band is the 95 % interval.")
+        how="Logged during training. Training values are means over the batches since the last point, with "
+            "augmentation and dropout on; validation values are over the whole split, with both off. "
+            "The band is the 95 % interval.")
 
 
 def _curve(records, split: str, names: Sequence[str]) -> np.ndarray:
@@ -110,13 +111,15 @@ def probe_curve(taps: Sequence[str], trained: Sequence[float], untrained: Sequen
     """
     fig = Figure(figsize=(max(4.2, 0.5 * len(taps) + 1), 2.9))
     ax = fig.subplots()
-    for name, values, ci, colour in (("untrained", untrained, untrained_ci, GREY), ("trained", trained, trained_ci, BLUE)):
+    curves = (("untrained", untrained, untrained_ci, GREY), ("trained", trained, trained_ci, BLUE))
+    for name, values, ci, colour in curves:
         ax.plot(range(len(taps)), values, "o-", color=colour, label=name, markersize=4)
         ax.fill_between(range(len(taps)), *np.asarray(ci, np.float64).T, color=colour, alpha=0.2, linewidth=0)
     ax.set_ylabel("accuracy of a linear probe")
     _name_positions(ax, taps)
     ax.legend()
-    points = "; ".join(f"{tap} {percent(a)} against {percent(b)}" for tap, a, b in zip(taps, trained, untrained, strict=True))
+    points = "; ".join(f"{tap} {percent(a)} against {percent(b)}"
+                       for tap, a, b in zip(taps, trained, untrained, strict=True))
     return Drawing(
         fig=fig, caption="What a linear classifier can read from each layer, before and after training.",
         alt=f"Accuracy of a linear probe at each layer, trained against untrained: {points}.",
@@ -184,8 +187,8 @@ def comparison(names: Sequence[str], values: Sequence[float], intervals: Sequenc
     ax.tick_params(axis="y", length=0)
     rows = "; ".join(f"{name} {value:.4g} (95 % interval {low:.4g} to {high:.4g})"
                      for name, value, (low, high) in zip(names, values, intervals, strict=True))
-    return Drawing(fig=fig, alt=f"{quantity}: {rows}.", how=how,
-                   caption=f"{quantity[:1].upper()}{quantity[1:]}, against controls (grey; the line marks the best of them).")
+    caption = f"{quantity[:1].upper()}{quantity[1:]}, against controls (grey; the line marks the best of them)."
+    return Drawing(fig=fig, caption=caption, alt=f"{quantity}: {rows}.", how=how)
 
 
 def shorten(name: str, length: int = 16) -> str:

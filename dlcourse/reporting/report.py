@@ -31,10 +31,11 @@ def render(result: Mapping[str, Any], folder: Path) -> str:
       HTML. All that came from flags, files and class names is escaped.
     """
     settings = list(_leaves(result["config"]))
+    environment = [("date", result["date"]), *result["environment"].items(), *_times(result["seconds"])]
     return _environment().get_template("report.html.jinja").render(
         result=result, title=result["experiment"].replace("_", " ").capitalize(), subtitle=_subtitle(settings),
-        tiles=list(_tiles(result)), figures=_figures(result["figures"], folder), metrics=list(_metrics(result["metrics"])),
-        settings=settings, environment=[("date", result["date"]), *result["environment"].items(), *_times(result["seconds"])])
+        tiles=list(_tiles(result)), figures=_figures(result["figures"], folder),
+        metrics=list(_metrics(result["metrics"])), settings=settings, environment=environment)
 
 
 def render_course(rows: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
@@ -111,10 +112,12 @@ def _tiles(result: Mapping[str, Any]):
     if accuracy is not None:
         interval = f"{100 * low:.1f} to {100 * high:.1f} %" if None not in (low, high) else ""
         examples = f"{number(metrics['test/n'])} examples" if metrics.get("test/n") else ""
-        yield {"name": "test accuracy", "value": f"{100 * accuracy:.1f} %", "note": ", ".join(filter(None, (interval, examples)))}
+        yield {"name": "test accuracy", "value": f"{100 * accuracy:.1f} %",
+               "note": ", ".join(filter(None, (interval, examples)))}
     if result["claims"]:
         held = sum(bool(claim["holds"]) for claim in result["claims"])
-        yield {"name": "claims that hold", "value": f"{held} of {len(result['claims'])}", "note": "each with its control"}
+        yield {"name": "claims that hold", "value": f"{held} of {len(result['claims'])}",
+               "note": "each with its control"}
     if result["seconds"].get("total") is not None:
         yield {"name": "time", "value": duration(result["seconds"]["total"]),
                "note": str(result["environment"].get("devices", ""))}
@@ -128,8 +131,9 @@ def _figures(figures: Sequence[Mapping[str, str]], folder: Path) -> list[dict[st
         if len(texts[file].encode()) <= room:
             room -= len(texts[file].encode())
             inside.add(file)
-    return [{**figure, "wide": _aspect(texts[figure["file"]]) > WIDE,
-             "svg": Markup(svg.inline(texts[figure["file"]])) if figure["file"] in inside else None} for figure in figures]
+    drawn = {file: Markup(svg.inline(texts[file])) for file in inside}
+    return [{**figure, "wide": _aspect(texts[figure["file"]]) > WIDE, "svg": drawn.get(figure["file"])}
+            for figure in figures]
 
 
 def _aspect(text: str) -> float:

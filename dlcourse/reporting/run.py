@@ -25,7 +25,8 @@ HOW_ONLY = ("tensorboard", "require_accelerator")
 class Run:
     """What an experiment writes to. Made by `open_run`."""
 
-    def __init__(self, path: Path, experiment: str, config: dict, flags: Sequence[str], tensorboard: bool, writes: bool):
+    def __init__(self, path: Path, experiment: str, config: dict, flags: Sequence[str], *, tensorboard: bool,
+                 writes: bool):
         self.path = path
         self.experiment = experiment
         self.config = config
@@ -169,7 +170,7 @@ def open_run(workdir: str | Path, experiment: str, config: Mapping, flags: Seque
     path = Path(workdir).expanduser()
     config = files.plain(_without(config, WHERE_ONLY))
     flags = [flag for flag in flags if not re.match(rf"--?(no)?({'|'.join(WHERE_ONLY)})(=|$)", flag)]
-    run = Run(path, experiment, config, flags, tensorboard, writes)
+    run = Run(path, experiment, config, flags, tensorboard=tensorboard, writes=writes)
     if not writes:
         yield run
         return

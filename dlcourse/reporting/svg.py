@@ -32,7 +32,8 @@ def from_figure(fig: Any, name: str) -> str:
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # The text stays text: the reader's fonts have the glyphs that matplotlib's lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        fig.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04, metadata={"Date": None})
+        fig.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04,
+                    metadata={"Date": None})
     return _restyle(buffer.getvalue(), name)
 
 

@@ -122,7 +122,6 @@ def _print_claim(console: Any, claim: Mapping[str, Any]) -> None:
     evidence = claim["evidence"]
     low, high = (number(end) for end in evidence["ci95"])
     verdict = ("holds         ", "bold green") if claim["holds"] else ("does not hold ", "bold yellow")
-    console.print(Text.assemble(
-        "\n", verdict, claim["statement"], "\n",
-        (f"              {number(evidence['value'])} against {number(evidence['control'])}, 95 % interval "
-         f"[{low}, {high}], threshold {number(evidence['threshold'])}, n = {number(evidence['n'])} ({claim['id']})", "dim")))
+    said = (f"{number(evidence['value'])} against {number(evidence['control'])}, 95 % interval [{low}, {high}], "
+            f"threshold {number(evidence['threshold'])}, n = {number(evidence['n'])} ({claim['id']})")
+    console.print(Text.assemble("\n", verdict, claim["statement"], "\n", (f"{'':14}{said}", "dim")))

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from dlcourse.contracts import Claim, Evidence, InputError
-from dlcourse.reporting import environment, files, run as runs
+from dlcourse.reporting import environment, files
+from dlcourse.reporting import run as runs
 
 CONFIG = {"data": {"dataset": "digits", "batch_size": 64}, "run": {"seed": 0, "workdir": "x", "tensorboard": True}}
-CLAIM = Claim("L07a", "Deep learning", "Depth helps.", np.bool_(True), Evidence(np.float32(0.5), 0.25, 0.0, (0.1, 0.4), 9), "")
+CLAIM = Claim("L07a", "Deep learning", "Depth helps.", np.bool_(True),
+              Evidence(np.float32(0.5), 0.25, 0.0, (0.1, 0.4), 9), "")
 ENVIRONMENT = {"python": "3.11", "jax": "0", "flax": "0", "devices": "1 cpu", "commit": None}
 
 
@@ -40,16 +42,18 @@ def test_result_says_what_the_schema_says_and_never_nan(tmp_path):
     result = json.loads((tmp_path / "r/result.json").read_text(), parse_constant=no_constants)
     line = json.loads((tmp_path / "r/metrics.jsonl").read_text(), parse_constant=no_constants)
     assert line == {"step": 1, "split": "train", "values": {"loss": None, "accuracy": 0.5}, "seconds": 0.25}
-    assert {"schema", "experiment", "status", "config", "environment", "seconds", "metrics", "claims", "figures"} <= set(result)
+    assert {"schema", "experiment", "status", "config", "environment", "seconds", "metrics", "claims",
+            "figures"} <= set(result)
     assert result["schema"] == 1 and result["metrics"] == {"test/accuracy": 0.75, "test/nll": None}
     assert result["claims"][0] == {
         "id": "L07a", "section": "Deep learning", "statement": "Depth helps.", "holds": True, "caveat": "",
         "evidence": {"value": 0.5, "control": 0.25, "threshold": 0.0, "ci95": [0.1, 0.4], "n": 9}}
-    assert result["config"] == {"data": {"dataset": "digits", "batch_size": 64}, "run": {"seed": 0, "tensorboard": True}}
+    assert result["config"] == {"data": CONFIG["data"], "run": {"seed": 0, "tensorboard": True}}
 
 
 def test_flag_file_repeats_the_run_without_its_place(tmp_path):
-    flags = ["--dataset=folder:my pictures", "--workdir=x", "--overwrite", "--nooverwrite", "--overwrite=true", "--seed=3"]
+    flags = ["--dataset=folder:my pictures", "--workdir=x", "--overwrite", "--nooverwrite", "--overwrite=true",
+             "--seed=3"]
     with open_run(tmp_path / "r", flags=flags) as run:
         assert run.command == "python -m experiments.classification '--dataset=folder:my pictures' --seed=3"
     assert (tmp_path / "r/flags.txt").read_text() == "--dataset=folder:my pictures\n--seed=3\n"
@@ -118,7 +122,8 @@ def test_a_killed_run_lets_go_of_its_folder(tmp_path):
             print("open", flush=True)
             input()
     """)
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as child:
         assert child.stdout.readline() == "open\n"
         with pytest.raises(InputError, match=f"process {child.pid}"):
             open_run(tmp_path / "r").__enter__()
