@@ -220,11 +220,19 @@ def install_commands(venv: Path, extras: set[str]) -> tuple[list[str], list[str]
 def install(venv: Path, extras: set[str]) -> None:
     get_uv, by_uv, by_pip = install_commands(venv, extras)
     flags, environment = settings_for_uv(pip_settings(venv))
+    if not can_cache():
+        flags.append("--no-cache")
     if subprocess.run(get_uv).returncode == 0:
         if subprocess.run([*by_uv, *flags], env=os.environ | environment).returncode == 0:
             return
     say("uv could not install; trying pip, which takes longer")
     check(by_pip)
+
+
+def can_cache() -> bool:
+    """Whether uv could write its cache; a service user may have no home."""
+    cache = Path(os.environ.get("UV_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return os.access(next(folder for folder in (cache, *cache.absolute().parents) if folder.exists()), os.W_OK)
 
 
 def pip_settings(venv: Path) -> dict[str, str]:
