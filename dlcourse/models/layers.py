@@ -142,7 +142,10 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (Ioffe & Szegedy 2015): statistics in float32, running averages with momentum 0.9.
+    """scale (x - mean) / sqrt(var + 1e-5) + bias, each channel by itself (Ioffe & Szegedy 2015).
+
+    Statistics are float32, over the batch and all pixels, the variance as E[x^2] - E[x]^2 so that one
+    pass reads x; scale and shift are folded into x a + c. Running averages have momentum 0.9.
 
     Attributes:
       train: normalise by the batch (and update `batch_stats`), or by the running averages.
@@ -156,6 +159,24 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.BatchNorm(
-            use_running_average=not self.train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, scale_init=self.scale_init
-        )(x)
+        shape = (x.shape[-1],)
+        scale, bias = self.param("scale", self.scale_init, shape), self.param("bias", nn.initializers.zeros, shape)
+        running = [self.variable("batch_stats", name, init, shape, jnp.float32)
+                   for name, init in (("mean", jnp.zeros), ("var", jnp.ones))]
+        mean, var = (average.value for average in running)
+        if self.train:
+            mean, var = _moments(x.astype(jnp.float32))
+            if not self.is_initializing():
+                for average, value in zip(running, (mean, var), strict=True):
+                    average.value = 0.9 * average.value + 0.1 * value
+        factor = scale * lax.rsqrt(var + 1e-5)
+        shift = bias - mean * factor
+        axes = tuple(range(x.ndim - 1))
+        return (x * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)).astype(self.dtype)
+
+
+def _moments(x):
+    """Mean and variance of each channel."""
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    return mean, jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0.0)

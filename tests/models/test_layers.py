@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dlcourse.models import layers
 
@@ -78,3 +79,16 @@ def test_convolve_against_the_definition():
     for i, j in itertools.product(range(4), range(3)):
         patch = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
         np.testing.assert_allclose(got[:, i, j], np.einsum("bijc,ijco->bo", patch, w), rtol=2e-4, atol=1e-5)
+
+
+def test_batch_normalisation_is_flaxs():
+    (x,) = arrays((4, 5, 5, 3), dtype=np.float32)
+    x = 3.0 * x + 2.0
+    for train in (True, False):
+        ours, theirs = layers.BatchNorm(train), nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)
+        variables = ours.init(jax.random.key(0), x)
+        assert jax.tree.structure(variables) == jax.tree.structure(theirs.init(jax.random.key(0), x))
+        (y, state), (expected, expected_state) = (m.apply(variables, x, mutable=["batch_stats"]) for m in (ours, theirs))
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+        for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
