@@ -53,7 +53,7 @@ def status(main, Config, name: str, argv: list[str]) -> int:
         return _say("interrupted; nothing since the last checkpoint was saved", FAILED)
     except Exception as error:
         if any(kind.__name__ == "Interrupted" for kind in type(error).__mro__):  # by name: its module imports JAX
-            return _say(f"stopped: {error}" if str(error) else "stopped and saved; the same command resumes", STOPPED)
+            return _say(f"{str(error) or 'stopped by a signal'}; saved: the same command goes on from there", STOPPED)
         mistake = as_mistake(error)
         if mistake:
             return _say(f"error: {mistake}", MISTAKE)
