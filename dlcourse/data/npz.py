@@ -48,7 +48,7 @@ def load(path: str) -> Dataset:
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """All arrays of an npz file, by name; a file that is not one, or holds pickles, is an InputError."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except OSError as error:
         raise InputError(f"npz:{path}: {error.strerror or error}; give the path of a readable file") from error

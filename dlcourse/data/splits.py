@@ -38,8 +38,8 @@ def stratified(labels: np.ndarray, fraction: float, seed: int, name: str, class_
     for k, class_name in enumerate(class_names):
         of_class = np.flatnonzero(labels == k)
         if len(of_class) < 2:
-            raise InputError(f"class {class_name!r} has {len(of_class)} examples left to train on when the {name} "
-                             f"split is taken from them: give each class at least 3, or bring your own {name} split")
+            raise InputError(f"class {class_name!r} has {len(of_class)} training examples, too few to carve a "
+                             f"{name} split from: give each class at least 3, or bring your own {name} split")
         count = min(max(1, round(fraction * len(of_class))), len(of_class) - 1)
         held[of_class[draws.permutation(name, seed, k, len(of_class))[:count]]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)
