@@ -63,9 +63,9 @@ def update(readme: Path, results: Path, *, check: bool = False) -> int:
 
 
 def table(results: Path) -> str:
-    """The recipes as a Markdown table, in the order of their names."""
+    """The recipes as a Markdown table, in the order of their names; nothing where there are none."""
     rows = [_row(path.stem, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
-    lines = [HEADER, ("---",) * len(HEADER), *rows]
+    lines = [HEADER, ("---",) * len(HEADER), *rows] if rows else []
     return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)
 
 

@@ -84,9 +84,9 @@ def learning_curves(records: Sequence[Mapping[str, Any]]) -> Drawing:
 
 def _curve(records, split: str, names: Sequence[str]) -> np.ndarray:
     """(T, 2) of step and value, thinned by averaging neighbours."""
-    pairs = [(record["step"], record["values"][name]) for record in records if record["split"] == split
-             for name in names if record["values"].get(name) is not None]
-    curve = np.array(pairs, np.float64).reshape(-1, 2)
+    named = [(record["step"], [record["values"][name] for name in names if record["values"].get(name) is not None])
+             for record in records if record["split"] == split]
+    curve = np.array([(step, values[0]) for step, values in named if values], np.float64).reshape(-1, 2)
     blocks = np.array_split(curve, min(len(curve), POINTS)) if len(curve) else []
     return np.array([block.mean(0) for block in blocks]).reshape(-1, 2)
 

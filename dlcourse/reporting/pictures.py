@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,19 +62,19 @@ def _worst_confusions(counts: np.ndarray, class_names: Sequence[str]) -> str:
 
 
 @styled
-def sample_predictions(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str],
-                       columns: int = 6) -> Drawing:
+def sample_predictions(images: Callable[[np.ndarray], np.ndarray], labels: np.ndarray, predicted: np.ndarray,
+                       confidence: np.ndarray, class_names: Sequence[str], columns: int = 6) -> Drawing:
     """The best, the worst that are still right, and the most wrong.
 
     Args:
-      images: (N, H, W, C) in [0, 1].
+      images: indices (M,) of the N examples -> (M, H, W, C) in [0, 1]; asked only for those that are shown.
       labels: (N,) the truth.
-      probabilities: (N, K).
+      predicted: (N,) the most probable class.
+      confidence: (N,) its probability.
       class_names: K.
       columns: images a row, at most.
     """
-    labels, probabilities = np.asarray(labels), np.asarray(probabilities, np.float64)
-    predicted, confidence = probabilities.argmax(-1), probabilities.max(-1)
+    labels, predicted, confidence = map(np.asarray, (labels, predicted, confidence))
     right = np.flatnonzero(predicted == labels)
     wrong = np.flatnonzero(predicted != labels)
     rows = {"best: right and surest": right[np.argsort(-confidence[right], kind="stable")][:columns],
@@ -84,10 +84,11 @@ def sample_predictions(images: np.ndarray, labels: np.ndarray, probabilities: np
     fig = Figure(figsize=(0.98 * columns, 1.6 * len(rows)))
     for part, (title, chosen) in zip(np.ravel(fig.subfigures(len(rows), 1)), rows.items(), strict=True):
         part.suptitle(title, x=0.005, ha="left", fontsize=9, fontweight="bold")
-        for ax, index in zip(part.subplots(1, columns, squeeze=False)[0], [*chosen, *[None] * columns], strict=False):
+        shown = [*zip(chosen, images(chosen), strict=True), *[(None, None)] * columns]
+        for ax, (index, image) in zip(part.subplots(1, columns, squeeze=False)[0], shown, strict=False):
             ax.axis("off")
             if index is not None:
-                _picture(ax, images[index])
+                _picture(ax, image)
                 ax.text(0.5, -0.06, _verdict(labels[index], predicted[index], confidence[index], class_names),
                         transform=ax.transAxes, ha="center", va="top", fontsize=7.5, linespacing=1.3)
     said = " ".join(f"{title[:1].upper()}{title[1:]}: {_in_words(chosen, labels, predicted, confidence, class_names)}."

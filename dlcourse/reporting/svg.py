@@ -28,7 +28,7 @@ def from_figure(fig: Any, name: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # The text stays text: the reader's fonts have the glyphs that matplotlib's lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")

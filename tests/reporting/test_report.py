@@ -48,7 +48,9 @@ def drawings():
     return {
         "curves": figures.learning_curves(records),
         "confusion": pictures.confusion_matrix(counts, names),
-        "predictions": pictures.sample_predictions(rng.random((60, 200, 150, 3)), labels, probabilities, names),
+        "predictions": pictures.sample_predictions(
+            lambda chosen: rng.random((len(chosen), 200, 150, 3)), labels, probabilities.argmax(-1),
+            probabilities.max(-1), names),
         "filters": pictures.filters(rng.normal(size=(3, 3, 1, 5)), rng.normal(size=(3, 3, 1, 5))),
         "colour_filters": pictures.filters(rng.normal(size=(7, 7, 3, 64)), rng.normal(size=(7, 7, 3, 64))),
         "probes": figures.probe_curve(taps, [0.5] * 3, [0.45] * 3, ci, ci),
@@ -150,15 +152,17 @@ def test_scale_shows_an_interval_where_it_belongs():
 
 def test_sample_predictions_chooses_by_confidence():
     """Six images whose order is known: rows best, least sure right, most wrong."""
-    confidence = np.array([0.9, 0.6, 0.8, 0.95, 0.7, 0.55])
-    probabilities = np.stack([confidence, 1 - confidence], -1)
+    confidence, predicted = np.array([0.9, 0.6, 0.8, 0.95, 0.7, 0.55]), np.zeros(6, int)
+    images = np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1) / 8
     labels = np.array([0, 0, 0, 1, 1, 0])  # 3 and 4 are wrong
-    drawing = pictures.sample_predictions(np.zeros((6, 4, 4, 1)), labels, probabilities, ["a", "b"], columns=2)
+    drawing = pictures.sample_predictions(images.__getitem__, labels, predicted, confidence, ["a", "b"], columns=2)
     best, worst, wrong = (part.split(": ")[-1] for part in drawing["alt"].rstrip(".").split(". "))
     assert best == "a called a with 90.0 %; a called a with 80.0 %"
     assert worst == "a called a with 55.0 %; a called a with 60.0 %"
+    shown = [ax.images[0].get_array().item() * 8 for ax in drawing["fig"].axes]
+    assert shown == [0, 2, 5, 1, 3, 4], "each caption stands below its own image"
     assert wrong == "b called a with 95.0 %; b called a with 70.0 %"
-    none = pictures.sample_predictions(np.zeros((1, 4, 4, 1)), labels[:1], probabilities[:1], ["a", "b"])
+    none = pictures.sample_predictions(images.__getitem__, labels[:1], predicted[:1], confidence[:1], ["a", "b"])
     assert "None was wrong" in none["caption"]
 
 
@@ -181,6 +185,14 @@ def test_a_thumbnail_averages():
     small = pictures.thumbnail(image)
     assert small.shape == (96, 96, 1) and np.isclose(small[0, 0, 0], image[:2, :2].mean())
     assert pictures.thumbnail(image[:96, :8]).shape == (96, 8, 1)
+
+
+def test_a_name_is_never_taken_for_a_formula():
+    names = ["$\\frac$", "$a_b$"]
+    for drawing in (pictures.confusion_matrix(np.eye(2, dtype=int), names),
+                    figures.receptive_fields(names, [1, 2], [1, 2])):
+        text = svg.from_figure(drawing["fig"], "a")
+        assert all(f">{name}</text>" in text for name in names)
 
 
 def test_drawing_leaves_matplotlib_as_it_was():

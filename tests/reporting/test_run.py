@@ -243,6 +243,7 @@ def test_commit_is_that_of_the_code_or_none(tmp_path):
     code.mkdir()
     assert environment.commit(code) is None
     git("init")
+    git("commit", "--allow-empty", "-m", "somebody else's")
     (code / "a.py").write_text("1")
     assert environment.commit(code) is None  # in a checkout, but not of it
     git("add", "."), git("commit", "-m", "m")
