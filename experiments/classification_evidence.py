@@ -8,6 +8,7 @@ Every claim is a function (config, run, dataset, model, trained, test, metrics) 
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ from dlcourse.training.loop import fit
 from dlcourse.training.step import train_step
 from dlcourse.transfer import probes
 from experiments import train
+
+FIELD_IMAGE = 64
+"""Receptive fields are measured on images of at least this side, so that the border does not cut them off."""
 
 CASCADE = "Representation learning", "Deep learning", "Hierarchical CNNs"
 
@@ -119,13 +123,11 @@ def representations(config, dataset, model, images, labels, rest, repeat) -> dic
 
 def _accuracy_of_line(x, labels, fit_on, choose_on, rest, held_out, num_classes) -> float:
     """Test accuracy of a linear classifier whose decay was chosen inside the training images."""
-    def right(l2, train_on, judged_on):
-        probe = probes.fit_linear(jnp.asarray(x[train_on], jnp.float32), labels[train_on], num_classes, l2)
-        logits = probes.predict_linear(probe, jnp.asarray(x[judged_on], jnp.float32))
-        return float((np.asarray(logits).argmax(-1) == labels[judged_on]).mean())
+    def part(indices):
+        return jnp.asarray(x[indices], jnp.float32), labels[indices]
 
-    chosen = max(probes.L2_GRID, key=lambda l2: (right(l2, fit_on, choose_on), l2))
-    return right(chosen, rest, held_out)
+    _, l2 = probes.select_linear(part(fit_on), part(choose_on), num_classes)
+    return float(probes.accuracy(probes.fit_linear(*part(rest), num_classes, l2), *part(held_out)))
 
 
 def resampled_interval(scores, train_size: int, test_size: int) -> tuple[float, float]:
@@ -141,8 +143,7 @@ def resampled_interval(scores, train_size: int, test_size: int) -> tuple[float, 
 def depth_helps(config, run, dataset, model, trained, test, metrics) -> list[Claim]:
     """What a line can read from the last layer beyond the first: trained, against the same network untrained."""
     nets = {"trained": trained.state.variables, "untrained": trained.initial.variables}
-    right = {name: probes.read_taps(model, variables, dataset, config.analysis.probe_examples)
-             for name, variables in nets.items()}
+    right = {name: read_taps(config, model, variables, dataset) for name, variables in nets.items()}
     taps = list(right["trained"])
     if len(taps) < 2:
         return []
@@ -162,12 +163,32 @@ def depth_helps(config, run, dataset, model, trained, test, metrics) -> list[Cla
         f"{config.analysis.probe_examples} training images; their decay is chosen on validation.")]
 
 
+def read_taps(config, model, variables, dataset) -> dict[str, np.ndarray]:
+    """For every tap, in order, whether a linear probe of it is right on each test image."""
+    size, seed = 100, config.run.seed
+    count = -(-min(config.analysis.probe_examples, len(dataset.splits["train"])) // size)
+    feeds = {"train": itertools.islice(batches.train_batches(dataset.splits["train"], size, seed=seed), count),
+             **{name: batches.eval_batches(dataset.splits[name], size) for name in ("validation", "test")}}
+    features, labels = {}, {}
+    for name, feed in feeds.items():
+        features[name], labels[name] = probes.tap_features(model, variables, feed)
+    right = {}
+    for tap in features["train"]:
+        probe, _ = probes.select_linear(*((features[name][tap], labels[name]) for name in ("train", "validation")),
+                                        dataset.num_classes)
+        right[tap] = np.asarray(probes.predict_linear(probe, features["test"][tap])).argmax(-1) == labels["test"]
+    return right
+
+
 def fields_grow(config, run, dataset, model, trained, test, metrics) -> list[Claim]:
     """Receptive fields by arithmetic and by differentiation, layer by layer."""
-    fields = receptive_field.compare(model, trained.state.variables, dataset.image_shape)
-    if len(fields) < 2:
+    shape = (*(max(side, FIELD_IMAGE) for side in dataset.image_shape[:2]), dataset.image_shape[2])
+    theory = {tap: field for tap, field in receptive_field.theoretical(model, shape).items() if not field.is_global}
+    if len(theory) < 2:
         return []
-    taps, theory, measured = zip(*fields, strict=True)
+    boxes = receptive_field.measured(model, shape)
+    taps = list(theory)
+    theory, measured = [_side(theory[tap].box) for tap in taps], [_side(boxes[tap]) for tap in taps]
     equal = sum(a == b for a, b in zip(theory, measured, strict=True))
     growing = all(a <= b for a, b in zip(measured, measured[1:], strict=False)) and measured[-1] > measured[0]
     metrics |= {f"receptive_field/{tap}": size for tap, size in zip(taps, measured, strict=True)}
@@ -177,8 +198,12 @@ def fields_grow(config, run, dataset, model, trained, test, metrics) -> list[Cla
         "Receptive fields grow from layer to layer, and arithmetic agrees with differentiation at every one.",
         growing and equal == len(taps),
         Evidence(float(measured[-1]), float(measured[0]), float(measured[0]), (float(measured[-1] - measured[0]),) * 2, equal),
-        f"Sides in pixels of the last and the first local layer, without the image's border; n counts the layers, of "
+        f"Sides in pixels of what one unit of the last and of the first local layer sees, in an image of {shape[0]} x {shape[1]}; n counts the layers, of "
         f"{len(taps)}, at which both agree. Exact, so the interval has no width.")]
+
+
+def _side(box) -> int:
+    return max(box.bottom - box.top, box.right - box.left)
 
 
 def draw_predictions(run, dataset, test) -> None:

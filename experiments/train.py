@@ -23,7 +23,7 @@ from experiments import settings
 
 
 class Trained(NamedTuple):
-    """What training leaves: the last state, the one it began with, and where the seconds went."""
+    """What training leaves: the last state, the one it began with, and the seconds that all its sessions took."""
 
     state: TrainState
     initial: TrainState
@@ -91,12 +91,13 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
         initial = start_from(config.model.init_from, initial)
     with checkpoint.Checkpoints(run.path / "checkpoints") as saved:
         state = saved.restore(initial) or jax.tree.map(jax.numpy.copy, initial)
-        step, began = int(state.step), time.monotonic()
+        step = int(state.step)
         run.truncate_metrics(step)
+        began = time.monotonic() - max((record["seconds"] for record in run.metrics()), default=0.0)
         feed = batches.train_batches(split, batch_size, seed=config.run.seed, start=step)
         run_step, compiled, feed = _compile(state, feed, loss=loss, tx=tx, ema=wanted.ema, accumulate=wanted.accumulate)
         with terminal.Progress(total, done=step) as progress:
-            watch = _Watch(run, progress, model, dataset, batch_size, step, log_every=max(1, (total or 1000) // 200))
+            watch = _Watch(run, progress, model, dataset, log_every=max(1, (total or 1000) // 200), began=began)
             state = fit(
                 state, run_step, feed, steps=total, seconds=minutes and 60 * minutes, on_step=watch.step,
                 every=[(period(config.run.eval_every) or 1, watch.evaluate),
@@ -132,9 +133,9 @@ def _compile(state, feed, **how):
 class _Watch:
     """Looks on while the loop runs: means of the training metrics, validation, progress."""
 
-    def __init__(self, run, progress, model, dataset, batch_size, start, log_every):
+    def __init__(self, run, progress, model, dataset, *, log_every, began):
         self.run, self.progress, self.model, self.dataset = run, progress, model, dataset
-        self.batch_size, self.log_every, self.start, self.began = batch_size, log_every, start, time.monotonic()
+        self.log_every, self.began = log_every, began
         self.window: list[dict[str, float]] = []
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -143,9 +144,8 @@ class _Watch:
             means = {name: float(np.mean([m[name] for m in self.window])) for name in metrics}
             self.run.log(step, "train", means, self._seconds())
             self.window.clear()
-        speed = (step - self.start) * self.batch_size / self._seconds()
         shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
-        self.progress.update(step, {**shown, "examples/s": speed})
+        self.progress.update(step, shown)
 
     def evaluate(self, step: int, state: TrainState) -> None:
         found = predictions(self.model, state.variables, self.dataset.splits["validation"])
