@@ -12,7 +12,8 @@ from dlcourse.transfer import probes
 def problem(seed, count=120, dimensions=12, classes=3):
     """Correlated, badly scaled features with one constant; classes overlap."""
     rng = np.random.default_rng(seed)
-    x = np.maximum(rng.normal(size=(count, 5)) @ rng.normal(size=(5, dimensions)), 0) * 10.0 ** rng.uniform(-3, 3, dimensions)
+    x = np.maximum(rng.normal(size=(count, 5)) @ rng.normal(size=(5, dimensions)), 0)
+    x *= 10.0 ** rng.uniform(-3, 3, dimensions)
     labels = (x[:, :classes] / x[:, :classes].std(0) + rng.normal(size=(count, classes))).argmax(1)
     x[:, -1] = 7.3
     return x.astype(np.float32), labels.astype(np.int32)
