@@ -73,11 +73,11 @@ def test_l2_is_chosen_on_the_validation_split():
 def test_features_of_every_tap_without_the_padding():
     model = models.create("convnet,width=4,stages=2", 3, (8, 8, 1))
     images = np.random.default_rng(0).uniform(size=(6, 8, 8, 1)).astype(np.float32)
-    variables = model.init(jax.random.key(0), images[:1])
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     labels, mask = np.arange(6, dtype=np.int32), np.array([True] * 5 + [False])
     batches = [{"image": images[i : i + 3], "label": labels[i : i + 3], "mask": mask[i : i + 3]} for i in (0, 3)]
     features, found = probes.tap_features(model, variables, batches)
-    _, taps = model.apply(variables, images[:5])
+    _, taps = jax.jit(model.apply)(variables, images[:5])
     np.testing.assert_array_equal(found, labels[:5])
     assert list(features) == [name for name in taps if name != "logits"]
     np.testing.assert_allclose(features["features"], taps["features"], rtol=1e-5, atol=1e-6)
