@@ -67,6 +67,13 @@ def test_streams_do_not_depend_on_each_other():
     np.testing.assert_array_equal(alone["target"], after["target"])
 
 
+def test_randaugment_draws_anew_in_each_layer():
+    images = jnp.tile(batch_of((1, 6, 6, 3))["image"], (300, 1, 1, 1))
+    out = jax.jit(randaugment.randaugment, static_argnums=(2, 3))(jax.random.key(0), images, 2, 0.5)
+    ways = len({np.asarray(image).tobytes() for image in out})
+    assert ways > 2 * len(randaugment.OPERATIONS)  # more than any operation, of either sign, done twice
+
+
 def test_flip_crop_and_cutout_are_the_plain_ones():
     rng = np.random.default_rng(0)
     images = np.asarray(batch_of((20, 7, 9, 2))["image"])

@@ -71,10 +71,13 @@ def test_the_first_hundred_are_the_faces():
     folder = pathlib.Path(data.embedded.inside("skimage")) / "data"
     detector = Cascade(str(folder / "lbpcascade_frontalface_opencv.xml"))  # trained elsewhere, by others
     chosen = np.r_[0:100:10, 100:200:10]
-    images = arrays.resized(data.embedded.faces().splits["train"].images[chosen], 50)[..., 0]
+    dataset = data.embedded.faces()
+    batch = dataset.splits["train"][chosen]
+    images = arrays.resized(batch["image"], 50)[..., 0]
     found = [bool(detector.detect_multi_scale((255 * np.pad(image, 20, mode="edge")).astype(np.uint8), 1.1, 1,
                                               min_size=(24, 24), max_size=(80, 80))) for image in images]
     assert sum(found[:10]) >= 8 and sum(found[10:]) == 0
+    assert [dataset.class_names[k] for k in batch["label"]] == ["face"] * 10 + ["not face"] * 10
 
 
 def test_import_is_light():
