@@ -39,19 +39,27 @@ def main(config: Config, run) -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise InputError("this comparison needs PyTorch, which is not installed: use `launch/local benchmark`, "
-                         "or pip install -e '.[peers]'") from None
+        raise InputError(
+            "this comparison needs PyTorch, which is not installed: use `launch/local benchmark`, "
+            "or pip install -e '.[peers]'"
+        ) from None
     from dlcourse.reporting import environment
 
     began = time.monotonic()
     times = interleave(config.repeats, steps_to_time(config))
-    metrics = {f"ours/{name.split('/')[1]}_ms": 1e3 * median(ts) for name, ts in times.items() if name.startswith("ours/")}
+    metrics = {
+        f"ours/{name.split('/')[1]}_ms": 1e3 * median(ts) for name, ts in times.items() if name.startswith("ours/")
+    }
     for peer in ("torch", "torch_channels_last"):
         for part in ("forward", "backward", "step"):
             metrics[f"{peer}/{part}_ratio"] = median(times[f"ours/{part}"]) / median(times[f"{peer}/{part}"])
     metrics |= input_pipeline(config) | start_up() | compilations(config)
-    run.finish(metrics, [framework_claim(times), batch_claim(times, config.batch_size)],
-               {"total": time.monotonic() - began}, environment.describe())
+    run.finish(
+        metrics,
+        [framework_claim(times), batch_claim(times, config.batch_size)],
+        {"total": time.monotonic() - began},
+        environment.describe(),
+    )
 
 
 def median(values) -> float:
@@ -129,7 +137,9 @@ def torch_convnet(params):
     layers, count = [], sum(name.startswith("conv") for name in params)
     for i in range(1, count + 1):
         kernel = torch.from_numpy(np.array(params[f"conv{i}"]["kernel"]).transpose(3, 2, 0, 1).copy())
-        conv = torch.nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], padding=kernel.shape[2] // 2, bias=False)
+        conv = torch.nn.Conv2d(
+            kernel.shape[1], kernel.shape[0], kernel.shape[2], padding=kernel.shape[2] // 2, bias=False
+        )
         conv.weight.data = kernel
         layers += [conv, torch.nn.BatchNorm2d(kernel.shape[0]), torch.nn.ReLU()]
         if i in (2, 4):
@@ -173,9 +183,13 @@ def framework_claim(times) -> Claim:
     ratios = np.array(times["ours/step"]) / np.array(times["torch/step"])
     low, high = ratio_interval(ratios)
     return Claim(
-        "L17.torch", "Tools", "The training step of the convnet takes at most 1.2 times as long as in PyTorch on this CPU.",
-        high <= 1.2, Evidence(float(np.median(ratios)), 1.0, 1.2, (low, high), len(ratios)),
-        "Ratio of times in turns within one process; the interval is that of the median ratio (order statistics).")
+        "L17.torch",
+        "Tools",
+        "The training step of the convnet takes at most 1.2 times as long as in PyTorch on this CPU.",
+        high <= 1.2,
+        Evidence(float(np.median(ratios)), 1.0, 1.2, (low, high), len(ratios)),
+        "Ratio of times in turns within one process; the interval is that of the median ratio (order statistics).",
+    )
 
 
 def batch_claim(times, batch_size: int) -> Claim:
@@ -185,9 +199,13 @@ def batch_claim(times, batch_size: int) -> Claim:
     ratios = np.array(times["single/step"]) * batch_size / np.array(times["ours/step"])
     low, high = ratio_interval(ratios)
     return Claim(
-        "L16.batch", "How did it revive", "One uniform operation on a whole batch is faster than image after image.",
-        low > 1, Evidence(float(np.median(ratios)), 1.0, 1.0, (low, high), len(ratios)),
-        f"Times as fast an image, in a batch of {batch_size}; both sides are the same compiled step.")
+        "L16.batch",
+        "How did it revive",
+        "One uniform operation on a whole batch is faster than image after image.",
+        low > 1,
+        Evidence(float(np.median(ratios)), 1.0, 1.0, (low, high), len(ratios)),
+        f"Times as fast an image, in a batch of {batch_size}; both sides are the same compiled step.",
+    )
 
 
 def ratio_interval(ratios) -> tuple[float, float]:
@@ -216,12 +234,16 @@ def input_pipeline(config: Config) -> dict[str, float]:
         for i in range(240):
             path = Path(folder, f"class{i % 2}", f"{i}.jpg")
             path.parent.mkdir(exist_ok=True)
-            smooth = Image.fromarray(rng.integers(0, 256, (14, 14, 3), np.uint8)).resize((224, 224), Image.Resampling.BICUBIC)
+            smooth = Image.fromarray(rng.integers(0, 256, (14, 14, 3), np.uint8)).resize(
+                (224, 224), Image.Resampling.BICUBIC
+            )
             smooth.save(path, quality=90)
             paths.append(path)
         split = data.load(f"folder:{folder}").splits["train"]
-        sources = {"arrays": (batches.train_batches(arrays, 128, seed=0), 200, 128),
-                   "jpeg_folder": (batches.train_batches(split, 16, seed=0), 8, 16)}
+        sources = {
+            "arrays": (batches.train_batches(arrays, 128, seed=0), 200, 128),
+            "jpeg_folder": (batches.train_batches(split, 16, seed=0), 8, 16),
+        }
 
         def drain(name):
             feed, count, size = sources[name]
@@ -236,7 +258,9 @@ def input_pipeline(config: Config) -> dict[str, float]:
                 np.asarray(Image.open(path), np.float32) / 255
             return {"pillow": (time.perf_counter() - began) / 64}
 
-        times = interleave(config.repeats, {**{name: functools.partial(drain, name) for name in sources}, "pillow": pillow})
+        times = interleave(
+            config.repeats, {**{name: functools.partial(drain, name) for name in sources}, "pillow": pillow}
+        )
     rates = {f"input/{name}_images_per_second": 1 / median(seconds) for name, seconds in times.items()}
     return rates | {"input/jpeg_folder_over_pillow_ratio": median(times["pillow"]) / median(times["jpeg_folder"])}
 
@@ -257,7 +281,10 @@ def first_step(cache: str) -> float:
         line, began = Path(folder, "run", "metrics.jsonl"), time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "experiments.classification", "--train_for=200steps", f"--workdir={folder}/run"],
-            env=surroundings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            env=surroundings,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             while not (line.exists() and line.stat().st_size):
                 if process.poll() is not None or time.monotonic() - began > 300:

@@ -18,9 +18,14 @@ from experiments import command, settings
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    splits: int = settings.setting(0, "compare the network's last features with as many random and principal ones on this "
-                                   "many fresh splits of the data, training anew on each (small data sets); 0 does not")
-    probe_examples: int = settings.setting(4000, "training images that the linear probes of each layer are fitted on, at most")
+    splits: int = settings.setting(
+        0,
+        "compare the network's last features with as many random and principal ones on this "
+        "many fresh splits of the data, training anew on each (small data sets); 0 does not",
+    )
+    probe_examples: int = settings.setting(
+        4000, "training images that the linear probes of each layer are fitted on, at most"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +49,28 @@ def main(config: Config, run) -> None:
     model = train.build_model(config.model, dataset)
     train.banner(config, dataset, model, run)
     trained = train.train(config, run, dataset, model, train.classifier_loss(model, config, dataset))
-    found = {split: train.predictions(model, trained.state.variables, dataset.splits[split])
-             for split in ("validation", "test")}
+    found = {
+        split: train.predictions(model, trained.state.variables, dataset.splits[split])
+        for split in ("validation", "test")
+    }
     metrics = {f"{split}/{name}": value for split in found for name, value in evaluation.summarise(found[split])}
     evidence.draw_predictions(run, dataset, found["test"])
     evidence.draw_filters(run, trained)
     claims = []
-    for measure in (evidence.learned_beats_pixels, evidence.hundred_numbers, evidence.depth_helps, evidence.fields_grow):
+    for measure in (
+        evidence.learned_beats_pixels,
+        evidence.hundred_numbers,
+        evidence.depth_helps,
+        evidence.fields_grow,
+    ):
         claims += measure(config, run, dataset, model, trained, found["test"], metrics)
-    run.finish(metrics, claims, {"total": time.monotonic() - began, **trained.seconds}, environment.describe(),
-               tables=[evidence.class_table(dataset, found["test"])])
+    run.finish(
+        metrics,
+        claims,
+        {"total": time.monotonic() - began, **trained.seconds},
+        environment.describe(),
+        tables=[evidence.class_table(dataset, found["test"])],
+    )
 
 
 if __name__ == "__main__":

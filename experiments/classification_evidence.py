@@ -42,24 +42,44 @@ def learned_beats_pixels(config, run, dataset, model, trained, test, metrics) ->
     linear = models.create("linear", dataset.num_classes, dataset.image_shape)
     steps, candidates = int(trained.state.step), []
     for rate in (1e-4, 1e-3, 1e-2):
-        state = quick_fit(linear, losses.cross_entropy(linear), dataset.splits["train"], rate, steps,
-                          config.data.batch_size, config.run.seed)
+        state = quick_fit(
+            linear,
+            losses.cross_entropy(linear),
+            dataset.splits["train"],
+            rate,
+            steps,
+            config.data.batch_size,
+            config.run.seed,
+        )
         seen = train.predictions(linear, state.variables, dataset.splits["validation"])
         candidates.append((float(seen.nll.mean()), rate, state))
     _, rate, state = min(candidates, key=lambda candidate: candidate[0])
     control = train.predictions(linear, state.variables, dataset.splits["test"])
     metrics |= {f"linear/{name}": value for name, value in evaluation.summarise(control)}
     difference, interval = evaluation.paired_difference(test.correct, control.correct)
-    run.figure("learned_against_pixels", **figures.comparison(
-        [config.model.model, "linear on pixels"], [test.correct.mean(), control.correct.mean()],
-        [evaluation.wilson(int(p.correct.sum()), len(p.label)) for p in (test, control)], ["linear on pixels"],
-        "test accuracy", f"Both trained on the same images for {steps} updates of {config.data.batch_size} images."))
-    return [Claim(
-        "L01.learned", CASCADE[0], "Features learned end to end classify better than a linear classifier on fixed pixels.",
-        interval[0] > 0,
-        Evidence(float(test.correct.mean()), float(control.correct.mean()), 0.0, interval, len(test.label)),
-        f"One training run (seed {config.run.seed}); the interval is over test images. The linear classifier has the same "
-        f"images and number of updates, no augmentation, AdamW, its rate ({rate:g}) chosen on validation among three.")]
+    run.figure(
+        "learned_against_pixels",
+        **figures.comparison(
+            [config.model.model, "linear on pixels"],
+            [test.correct.mean(), control.correct.mean()],
+            [evaluation.wilson(int(p.correct.sum()), len(p.label)) for p in (test, control)],
+            ["linear on pixels"],
+            "test accuracy",
+            f"Both trained on the same images for {steps} updates of {config.data.batch_size} images.",
+        ),
+    )
+    return [
+        Claim(
+            "L01.learned",
+            CASCADE[0],
+            "Features learned end to end classify better than a linear classifier on fixed pixels.",
+            interval[0] > 0,
+            Evidence(float(test.correct.mean()), float(control.correct.mean()), 0.0, interval, len(test.label)),
+            f"One training run (seed {config.run.seed}); the interval is over test images. The linear classifier has the "
+            f"same images and number of updates, no augmentation, and AdamW with its rate ({rate:g}) chosen on "
+            "validation among three.",
+        )
+    ]
 
 
 def quick_fit(model, loss, split, rate, steps, batch_size, seed):
@@ -80,28 +100,47 @@ def hundred_numbers(config, run, dataset, model, trained, test, metrics) -> list
     rows, counts = [], None
     for repeat in range(config.analysis.splits):
         rest, held_out = splits.stratified(labels, 0.4, repeat, "test", dataset.class_names)
-        fit_on, choose_on = (rest[part] for part in splits.stratified(labels[rest], 0.25, repeat, "validation",
-                                                                      dataset.class_names))
+        fit_on, choose_on = (
+            rest[part] for part in splits.stratified(labels[rest], 0.25, repeat, "validation", dataset.class_names)
+        )
         numbers = representations(config, dataset, model, images, labels, rest, repeat)
         counts = len(rest), len(held_out), numbers["learned"].shape[1]
-        rows.append({name: _accuracy_of_line(x, labels, fit_on, choose_on, rest, held_out, dataset.num_classes)
-                     for name, x in {**numbers, "all pixels": pixels}.items()})
+        rows.append(
+            {
+                name: _accuracy_of_line(x, labels, fit_on, choose_on, rest, held_out, dataset.num_classes)
+                for name, x in {**numbers, "all pixels": pixels}.items()
+            }
+        )
     names = list(rows[0])
     scores = np.array([[row[name] for name in names] for row in rows])
     best = 1 + int(scores[:, 1:].mean(0).argmax())
-    metrics |= {f"numbers/{name.replace(' ', '_')}": float(value) for name, value in zip(names, scores.mean(0), strict=True)}
-    run.figure("numbers", **figures.comparison(
-        names, scores.mean(0), [resampled_interval(column, *counts[:2]) for column in scores.T], names[1:],
-        "test accuracy of a linear classifier",
-        f"{len(rows)} random splits into {counts[0]} training and {counts[1]} test images; everything, the network "
-        f"included, is fitted on the training images alone. {counts[2]} numbers an image, except for all pixels."))
+    metrics |= {
+        f"numbers/{name.replace(' ', '_')}": float(value) for name, value in zip(names, scores.mean(0), strict=True)
+    }
+    run.figure(
+        "numbers",
+        **figures.comparison(
+            names,
+            scores.mean(0),
+            [resampled_interval(column, *counts[:2]) for column in scores.T],
+            names[1:],
+            "test accuracy of a linear classifier",
+            f"{len(rows)} random splits into {counts[0]} training and {counts[1]} test images; everything, the network "
+            f"included, is fitted on the training images alone. {counts[2]} numbers an image, except for all pixels.",
+        ),
+    )
     interval = resampled_interval(scores[:, 0] - scores[:, best], *counts[:2])
-    return [Claim(
-        "L01.numbers", CASCADE[0],
-        f"{counts[2]} learned numbers represent an image better for a linear classifier than {names[best]}.", interval[0] > 0,
-        Evidence(float(scores[:, 0].mean()), float(scores[:, best].mean()), 0.0, interval, len(rows)),
-        f"n counts splits of the same {len(images)} images; the interval corrects for their overlap (Nadeau & Bengio "
-        f"2003). The control is the best of {', '.join(names[1:])}.")]
+    return [
+        Claim(
+            "L01.numbers",
+            CASCADE[0],
+            f"{counts[2]} learned numbers represent an image better for a linear classifier than {names[best]}.",
+            interval[0] > 0,
+            Evidence(float(scores[:, 0].mean()), float(scores[:, best].mean()), 0.0, interval, len(rows)),
+            f"n counts splits of the same {len(images)} images; the interval corrects for their overlap (Nadeau & "
+            f"Bengio 2003). The control is the best of {', '.join(names[1:])}.",
+        )
+    ]
 
 
 def representations(config, dataset, model, images, labels, rest, repeat) -> dict[str, np.ndarray]:
@@ -117,12 +156,16 @@ def representations(config, dataset, model, images, labels, rest, repeat) -> dic
     width = learned.shape[1]
     directions = np.random.default_rng(repeat).standard_normal((pixels.shape[1], width)) / np.sqrt(pixels.shape[1])
     principal = PCA(min(width, len(rest) - 1), svd_solver="full").fit(pixels[rest])
-    return {"learned": learned, f"{width} random projections": pixels @ directions,
-            f"{principal.n_components_} principal components": principal.transform(pixels)}
+    return {
+        "learned": learned,
+        f"{width} random projections": pixels @ directions,
+        f"{principal.n_components_} principal components": principal.transform(pixels),
+    }
 
 
 def _accuracy_of_line(x, labels, fit_on, choose_on, rest, held_out, num_classes) -> float:
     """Test accuracy of a linear classifier whose decay was chosen inside the training images."""
+
     def part(indices):
         return jnp.asarray(x[indices], jnp.float32), labels[indices]
 
@@ -131,7 +174,10 @@ def _accuracy_of_line(x, labels, fit_on, choose_on, rest, held_out, num_classes)
 
 
 def resampled_interval(scores, train_size: int, test_size: int) -> tuple[float, float]:
-    """95 % interval of a mean over random splits: mean ± t sqrt((1/R + n_test/n_train) var) (Nadeau & Bengio 2003, eq. 9)."""
+    """95 % interval of a mean over random splits: mean ± t sqrt((1/R + n_test/n_train) var).
+
+    Source: Nadeau & Bengio 2003, eq. 9: splits of the same examples overlap, so that their results are not independent.
+    """
     repeats = len(scores)
     if repeats < 2:
         return -np.inf, np.inf
@@ -153,29 +199,39 @@ def depth_helps(config, run, dataset, model, trained, test, metrics) -> list[Cla
     run.figure("probes", **figures.probe_curve(taps, *accuracy.values(), *bands))
     gain = {name: right[name][taps[-1]].astype(float) - right[name][taps[0]] for name in nets}
     interval = evaluation.mean_interval(gain["trained"] - gain["untrained"])
-    return [Claim(
-        "L07.depth", CASCADE[1],
-        f"Trained end to end, depth helps: from {taps[0]} to {taps[-1]} a linear probe gains accuracy that it does not gain "
-        "in the same network untrained.", interval[0] > 0,
-        Evidence(float(gain["trained"].mean()), float(gain["untrained"].mean()), 0.0, interval, len(gain["trained"])),
-        f"One network (seed {config.run.seed}); the interval is over test images. Probes see each map averaged to a small "
-        "grid, the same in both networks, and at most "
-        f"{config.analysis.probe_examples} training images; their decay is chosen on validation.")]
+    return [
+        Claim(
+            "L07.depth",
+            CASCADE[1],
+            f"Trained end to end, depth helps: from {taps[0]} to {taps[-1]} a linear probe gains accuracy that it does "
+            "not gain in the same network untrained.",
+            interval[0] > 0,
+            Evidence(
+                float(gain["trained"].mean()), float(gain["untrained"].mean()), 0.0, interval, len(gain["trained"])
+            ),
+            f"One network (seed {config.run.seed}); the interval is over test images. Probes see each map averaged to "
+            "a small grid, the same in both networks, and at most "
+            f"{config.analysis.probe_examples} training images; their decay is chosen on validation.",
+        )
+    ]
 
 
 def read_taps(config, model, variables, dataset) -> dict[str, np.ndarray]:
     """For every tap, in order, whether a linear probe of it is right on each test image."""
     size, seed = 100, config.run.seed
     count = -(-min(config.analysis.probe_examples, len(dataset.splits["train"])) // size)
-    feeds = {"train": itertools.islice(batches.train_batches(dataset.splits["train"], size, seed=seed), count),
-             **{name: batches.eval_batches(dataset.splits[name], size) for name in ("validation", "test")}}
+    feeds = {
+        "train": itertools.islice(batches.train_batches(dataset.splits["train"], size, seed=seed), count),
+        **{name: batches.eval_batches(dataset.splits[name], size) for name in ("validation", "test")},
+    }
     features, labels = {}, {}
     for name, feed in feeds.items():
         features[name], labels[name] = probes.tap_features(model, variables, feed)
     right = {}
     for tap in features["train"]:
-        probe, _ = probes.select_linear(*((features[name][tap], labels[name]) for name in ("train", "validation")),
-                                        dataset.num_classes)
+        probe, _ = probes.select_linear(
+            *((features[name][tap], labels[name]) for name in ("train", "validation")), dataset.num_classes
+        )
         right[tap] = np.asarray(probes.predict_linear(probe, features["test"][tap])).argmax(-1) == labels["test"]
     return right
 
@@ -193,13 +249,24 @@ def fields_grow(config, run, dataset, model, trained, test, metrics) -> list[Cla
     growing = all(a <= b for a, b in zip(measured, measured[1:], strict=False)) and measured[-1] > measured[0]
     metrics |= {f"receptive_field/{tap}": size for tap, size in zip(taps, measured, strict=True)}
     run.figure("receptive_fields", **figures.receptive_fields(taps, theory, measured))
-    return [Claim(
-        "L11.fields", CASCADE[2],
-        "Receptive fields grow from layer to layer, and arithmetic agrees with differentiation at every one.",
-        growing and equal == len(taps),
-        Evidence(float(measured[-1]), float(measured[0]), float(measured[0]), (float(measured[-1] - measured[0]),) * 2, equal),
-        f"Sides in pixels of what one unit of the last and of the first local layer sees, in an image of {shape[0]} x {shape[1]}; n counts the layers, of "
-        f"{len(taps)}, at which both agree. Exact, so the interval has no width.")]
+    return [
+        Claim(
+            "L11.fields",
+            CASCADE[2],
+            "Receptive fields grow from layer to layer, and arithmetic agrees with differentiation at every one.",
+            growing and equal == len(taps),
+            Evidence(
+                float(measured[-1]),
+                float(measured[0]),
+                float(measured[0]),
+                (float(measured[-1] - measured[0]),) * 2,
+                equal,
+            ),
+            "Sides in pixels of what one unit of the last and of the first local layer sees, in an image of "
+            f"{shape[0]} x {shape[1]}; n counts the layers, of {len(taps)}, at which both agree. Exact, so the interval "
+            "has no width.",
+        )
+    ]
 
 
 def _side(box) -> int:
@@ -209,10 +276,19 @@ def _side(box) -> int:
 def draw_predictions(run, dataset, test) -> None:
     """Learning curves, confusions, and the surest, least sure and most wrong test images."""
     run.figure("learning_curves", **figures.learning_curves(run.metrics()))
-    run.figure("confusion", **pictures.confusion_matrix(evaluation.confusion(test, dataset.num_classes), dataset.class_names))
-    run.figure("predictions", **pictures.sample_predictions(
-        lambda chosen: dataset.splits["test"][test.index[chosen]]["image"], test.label, test.predicted, test.confidence,
-        dataset.class_names))
+    run.figure(
+        "confusion", **pictures.confusion_matrix(evaluation.confusion(test, dataset.num_classes), dataset.class_names)
+    )
+    run.figure(
+        "predictions",
+        **pictures.sample_predictions(
+            lambda chosen: dataset.splits["test"][test.index[chosen]]["image"],
+            test.label,
+            test.predicted,
+            test.confidence,
+            dataset.class_names,
+        ),
+    )
 
 
 def draw_filters(run, trained) -> None:
@@ -232,7 +308,13 @@ def _first_kernel(params):
 
 def class_table(dataset, test) -> dict:
     """One row a class: how many, recall, precision, F1."""
-    rows = [[name, row["n"], row["recall"], row["precision"], row["f1"]]
-            for name, row in zip(dataset.class_names, evaluation.per_class(test, dataset.num_classes), strict=True)]
-    return {"title": "Class by class", "header": ["class", "test images", "recall", "precision", "F1"], "rows": rows,
-            "note": f"Over {len(test.label)} test images."}
+    rows = [
+        [name, row["n"], row["recall"], row["precision"], row["f1"]]
+        for name, row in zip(dataset.class_names, evaluation.per_class(test, dataset.num_classes), strict=True)
+    ]
+    return {
+        "title": "Class by class",
+        "header": ["class", "test images", "recall", "precision", "F1"],
+        "rows": rows,
+        "note": f"Over {len(test.label)} test images.",
+    }

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from dlcourse import data, models, streams
-from dlcourse.contracts import Dataset, InputError, Loss
+from dlcourse.contracts import Dataset, Loss
 from dlcourse.data import augment, batches
 from dlcourse.models import size
 from dlcourse.reporting import terminal
 from dlcourse.reporting.run import Run
-from dlcourse.training import checkpoint, durations, evaluation, losses, optimizers, state as states
+from dlcourse.training import checkpoint, durations, evaluation, losses, optimizers
+from dlcourse.training import state as states
 from dlcourse.training.loop import fit
 from dlcourse.training.state import TrainState
 from dlcourse.training.step import train_step
@@ -31,7 +32,9 @@ class Trained(NamedTuple):
 
 
 def load_data(wanted: settings.Data, seed: int) -> Dataset:
-    return data.load(wanted.dataset, image_size=wanted.image_size, validation_fraction=wanted.validation_fraction, seed=seed)
+    return data.load(
+        wanted.dataset, image_size=wanted.image_size, validation_fraction=wanted.validation_fraction, seed=seed
+    )
 
 
 def build_model(wanted: settings.Model, dataset: Dataset):
@@ -49,23 +52,24 @@ def classifier_loss(model, config, dataset: Dataset) -> Loss:
 def banner(config, dataset: Dataset, model, run: Run) -> None:
     devices = jax.devices()
     sizes = ", ".join(f"{len(split)} {name}" for name, split in dataset.splits.items())
+    shape = "x".join(map(str, dataset.image_shape))
     parameters = size.parameters(size.abstract_variables(model, dataset.image_shape))
-    terminal.banner({
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "data": f"{dataset.name}: {sizes}; {'x'.join(map(str, dataset.image_shape))}, {dataset.num_classes} classes",
-        "model": f"{config.model.model}: {parameters:,} parameters, {config.model.dtype}",
-        "run": run.path,
-    })
+    terminal.banner(
+        {
+            "devices": f"{len(devices)} x {devices[0].device_kind}",
+            "data": f"{dataset.name}: {sizes}; {shape}, {dataset.num_classes} classes",
+            "model": f"{config.model.model}: {parameters:,} parameters, {config.model.dtype}",
+            "run": run.path,
+        }
+    )
 
 
 def make_optimizer(wanted: settings.Optimizer, total: int | None, period):
     """The optimizer with its schedule over `total` updates; `period` turns a duration into updates."""
-    if total is None and wanted.schedule != "constant":
-        raise InputError(f"--schedule={wanted.schedule} must know the number of steps, which --train_for in minutes does "
-                         "not tell: give epochs, steps or examples, or --schedule=constant")
     rate = optimizers.schedule(wanted.schedule, wanted.learning_rate, total or 0, period(wanted.warmup))
-    return optimizers.create(wanted.optimizer, rate, weight_decay=wanted.weight_decay, momentum=wanted.momentum,
-                             clip=wanted.clip)
+    return optimizers.create(
+        wanted.optimizer, rate, weight_decay=wanted.weight_decay, momentum=wanted.momentum, clip=wanted.clip
+    )
 
 
 def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
@@ -96,12 +100,19 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
         began = time.monotonic() - max((record["seconds"] for record in run.metrics()), default=0.0)
         feed = batches.train_batches(split, batch_size, seed=config.run.seed, start=step)
         run_step, compiled, feed = _compile(state, feed, loss=loss, tx=tx, ema=wanted.ema, accumulate=wanted.accumulate)
-        with terminal.Progress(total, done=step) as progress:
+        with terminal.Progress(total, batch_size, done=step) as progress:
             watch = _Watch(run, progress, model, dataset, log_every=max(1, (total or 1000) // 200), began=began)
             state = fit(
-                state, run_step, feed, steps=total, seconds=minutes and 60 * minutes, on_step=watch.step,
-                every=[(period(config.run.eval_every) or 1, watch.evaluate),
-                       (period(config.run.checkpoint_every) or 1, lambda _, state: saved.save(state))],
+                state,
+                run_step,
+                feed,
+                steps=total,
+                seconds=minutes and 60 * minutes,
+                on_step=watch.step,
+                every=[
+                    (period(config.run.eval_every) or 1, watch.evaluate),
+                    (period(config.run.checkpoint_every) or 1, lambda _, state: saved.save(state)),
+                ],
             )
     return Trained(state, initial, {"compile": compiled, "train": time.monotonic() - began - compiled})
 

@@ -33,7 +33,9 @@ def _shifted_weight_gradient() -> bool:
 
 
 def _convolve(images, kernel, stride, padding):
-    return lax.conv_general_dilated(images, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=_LAYOUT)
+    return lax.conv_general_dilated(
+        images, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=_LAYOUT
+    )
 
 
 def _shifted_products(images, kernel, padding):
@@ -161,8 +163,10 @@ class BatchNorm(nn.Module):
     def __call__(self, x):
         shape = (x.shape[-1],)
         scale, bias = self.param("scale", self.scale_init, shape), self.param("bias", nn.initializers.zeros, shape)
-        running = [self.variable("batch_stats", name, init, shape, jnp.float32)
-                   for name, init in (("mean", jnp.zeros), ("var", jnp.ones))]
+        running = [
+            self.variable("batch_stats", name, init, shape, jnp.float32)
+            for name, init in (("mean", jnp.zeros), ("var", jnp.ones))
+        ]
         mean, var = (average.value for average in running)
         if self.train:
             mean, var = _moments(x.astype(jnp.float32))

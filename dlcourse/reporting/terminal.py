@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,14 +50,15 @@ def banner(pairs: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
 class Progress:
     """A bar on a terminal, a plain line every few seconds elsewhere.
 
-        with Progress(total_steps) as progress:
-            progress.update(step, {"loss": …, "accuracy": …, "examples/s": …})
+        with Progress(total_steps, batch_size) as progress:
+            progress.update(step, {"loss": …, "accuracy": …})
 
-    `done` steps were made in an earlier session; they do not count into the time left.
+    `total_steps` is None where only a clock ends the run. `done` steps were made in an earlier session; they do not
+    count into the speed and the time left.
     """
 
-    def __init__(self, total_steps: int, done: int = 0):
-        self.total, self.done = total_steps, done
+    def __init__(self, total_steps: int | None, batch_size: int, done: int = 0):
+        self.total, self.batch_size, self.done = total_steps, batch_size, done
         self.console = _console()
         self._bar: Any = None
 
@@ -77,15 +79,19 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=self._line(step, values, now))
-        elif now - self._said >= EVERY or step >= self.total:
+        elif now - self._said >= EVERY or step == self.total:
             self._said = now
             print(self._line(step, values, now), flush=True)
 
     def _line(self, step: int, values: Mapping[str, float], now: float) -> str:
-        made = step - self.done
-        left = (self.total - step) * (now - self._began) / made if made > 0 else None
-        parts = [f"step {step}/{self.total}", *(f"{name} {float(value):.4g}" for name, value in values.items())]
-        return "  ".join(parts + ([f"{duration(left)} left"] if left and step < self.total else []))
+        parts = [f"step {step}/{self.total}" if self.total else f"step {step}"]
+        parts += [f"{name} {float(value):.4g}" for name, value in values.items()]
+        speed = (step - self.done) / max(now - self._began, 1e-9)
+        if speed > 0:
+            parts.append(f"{number(round(speed * self.batch_size))} examples/s")
+            if self.total and step < self.total:
+                parts.append(f"{duration((self.total - step) / speed)} left")
+        return "  ".join(parts)
 
     def __exit__(self, *exception: Any) -> None:
         if self._bar is not None:
@@ -108,12 +114,25 @@ def summary(result: Mapping[str, Any], path: Any) -> None:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim")
         table.add_column("metric")
         table.add_column("value", justify="right")
-        for name, value in result["metrics"].items():
+        for name, value in _shown(result["metrics"]).items():
             table.add_row(Text(name), number(value))
         console.print(table)
     for claim in result["claims"]:
         _print_claim(console, claim)
     console.print(Text.assemble(("\nreport  ", "dim"), f"{path}/report.html"))
+
+
+def _shown(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics without the curves: of more than eight `method/quantity` of one method only their number is said."""
+    sizes = Counter(name.partition("/")[0] for name in metrics)
+    shown = {}
+    for name, value in metrics.items():
+        method = name.partition("/")[0]
+        if sizes[method] <= 8:
+            shown[name] = value
+        else:
+            shown[f"{method}/…"] = f"{sizes[method]} values, in the report"
+    return shown
 
 
 def _print_claim(console: Any, claim: Mapping[str, Any]) -> None:

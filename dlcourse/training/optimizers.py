@@ -26,7 +26,9 @@ def schedule(name: str, peak: float, steps: int, warmup: int = 0) -> optax.Sched
       InputError: unknown name, or a warm-up that leaves no steps.
     """
     if warmup and warmup >= steps:
-        raise InputError(f"--warmup takes {warmup} steps, but the run has only {steps}: shorten it or raise --train_for")
+        raise InputError(
+            f"--warmup takes {warmup} steps, but the run has only {steps}: shorten it or raise --train_for"
+        )
     if name == "one_cycle":
         return optax.cosine_onecycle_schedule(steps, peak, pct_start=0.3, div_factor=25.0, final_div_factor=1e4)
     if name == "cosine":
@@ -53,8 +55,14 @@ def _muon_dimensions(params):
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def create(name: str, learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, momentum: float = 0.9,
-           clip: float = 0.0) -> optax.GradientTransformation:
+def create(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    clip: float = 0.0,
+) -> optax.GradientTransformation:
     """An optimizer by name.
 
     sgd and nesterov add weight decay to the gradient (L2, as in He et al. 2016); the others decouple

@@ -50,7 +50,9 @@ def test_the_form_follows_the_cpu(machine, monkeypatch):
     layers._shifted_weight_gradient.cache_clear()
 
 
-@pytest.mark.parametrize(("size", "window", "stride", "padding"), [(8, 2, 2, 0), (7, 2, 2, 0), (9, 3, 2, 1), (6, 3, 1, 1)])
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "padding"), [(8, 2, 2, 0), (7, 2, 2, 0), (9, 3, 2, 1), (6, 3, 1, 1)]
+)
 def test_max_pool_is_reduce_window_where_no_maxima_tie(size, window, stride, padding):
     (x,) = arrays((2, size, size, 3), dtype=np.float32)
 
@@ -88,7 +90,9 @@ def test_batch_normalisation_is_flaxs():
         ours, theirs = layers.BatchNorm(train), nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)
         variables = ours.init(jax.random.key(0), x)
         assert jax.tree.structure(variables) == jax.tree.structure(theirs.init(jax.random.key(0), x))
-        (y, state), (expected, expected_state) = (m.apply(variables, x, mutable=["batch_stats"]) for m in (ours, theirs))
+        (y, state), (expected, expected_state) = (
+            m.apply(variables, x, mutable=["batch_stats"]) for m in (ours, theirs)
+        )
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
         for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

@@ -148,11 +148,11 @@ def test_the_readme_s_table_is_that_of_the_kept_results():
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 6.0, 7.0, 8.0])
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
-    with terminal.Progress(40, done=10) as progress:
+    with terminal.Progress(40, 64, done=10) as progress:
         for step in (15, 20, 30, 40):
-            progress.update(step, {"loss": 0.5, "examples/s": 1234.5})
+            progress.update(step, {"loss": 0.5})
     assert capsys.readouterr().out == (
-        "step 20/40  loss 0.5  examples/s 1234  12.0 s left\nstep 40/40  loss 0.5  examples/s 1234\n")
+        "step 20/40  loss 0.5  107 examples/s  12.0 s left\nstep 40/40  loss 0.5  240 examples/s\n")
 
 
 def test_summary_says_claims_and_report_and_takes_no_text_for_markup(capsys):

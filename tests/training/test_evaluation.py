@@ -12,8 +12,10 @@ def random_predictions(n=500, k=4):
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((n, k)).astype(np.float32) * 2
     label = rng.integers(0, k, n).astype(np.int32)
-    parts = [{"image": logits[i : i + 64], "label": label[i : i + 64], "index": np.arange(i, min(i + 64, n))}
-             for i in range(0, n, 64)]
+    parts = [
+        {"image": logits[i : i + 64], "label": label[i : i + 64], "index": np.arange(i, min(i + 64, n))}
+        for i in range(0, n, 64)
+    ]
     for part in parts:  # the last batch is padded and masked
         short = 64 - len(part["label"])
         part["mask"] = np.arange(64) < len(part["label"])
@@ -36,7 +38,9 @@ def test_summary_agrees_with_scikit_learn():
     np.testing.assert_allclose(got["accuracy"], sklearn.metrics.accuracy_score(label, logits.argmax(1)))
     np.testing.assert_allclose(got["nll"], sklearn.metrics.log_loss(label, p), rtol=1e-5)
     assert got["n"] == 500
-    np.testing.assert_array_equal(evaluation.confusion(found, 4), sklearn.metrics.confusion_matrix(label, logits.argmax(1)))
+    np.testing.assert_array_equal(
+        evaluation.confusion(found, 4), sklearn.metrics.confusion_matrix(label, logits.argmax(1))
+    )
     precision, recall, f1, n = sklearn.metrics.precision_recall_fscore_support(label, logits.argmax(1))
     rows = evaluation.per_class(found, 4)
     for name, column in {"precision": precision, "recall": recall, "f1": f1, "n": n}.items():
@@ -52,7 +56,9 @@ def test_wilson_agrees_with_scipy():
 def test_calibration_error_of_planted_confidence():
     n = 1000
     correct = np.arange(n) % 10 < 7  # right in 70 % of cases, said with 90 %
-    found = evaluation.Predictions(np.arange(n), np.zeros(n, int), np.where(correct, 0, 1), np.full(n, 0.9), np.zeros(n))
+    found = evaluation.Predictions(
+        np.arange(n), np.zeros(n, int), np.where(correct, 0, 1), np.full(n, 0.9), np.zeros(n)
+    )
     np.testing.assert_allclose(evaluation.calibration_error(found), 0.2, atol=1e-9)
 
 

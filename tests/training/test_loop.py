@@ -11,7 +11,7 @@ import pytest
 
 from dlcourse import streams
 from dlcourse.contracts import InputError
-from dlcourse.training import checkpoint, losses, loop, optimizers
+from dlcourse.training import checkpoint, loop, losses, optimizers
 from dlcourse.training import state as states
 from dlcourse.training.step import train_step
 from tests.training.test_step import Tiny, batch
@@ -37,8 +37,14 @@ def same(one, other):
 
 def test_callbacks_come_at_their_multiples_and_at_the_end():
     seen, steps = [], []
-    loop.fit(fresh(), STEP, feed(), steps=7, every=[(3, lambda step, state: seen.append((step, int(state.step))))],
-             on_step=lambda step, metrics: steps.append(step))
+    loop.fit(
+        fresh(),
+        STEP,
+        feed(),
+        steps=7,
+        every=[(3, lambda step, state: seen.append((step, int(state.step))))],
+        on_step=lambda step, metrics: steps.append(step),
+    )
     assert seen == [(3, 3), (6, 6), (7, 7)] and steps == list(range(1, 8))
 
 

@@ -26,8 +26,11 @@ class Tiny(nn.Module):
 
 def batch(n=8, seed=0):
     rng = np.random.default_rng(seed)
-    return {"image": rng.random((n, 2, 2, 1), np.float32), "label": rng.integers(0, 3, n).astype(np.int32),
-            "index": np.arange(n, dtype=np.int32)}
+    return {
+        "image": rng.random((n, 2, 2, 1), np.float32),
+        "label": rng.integers(0, 3, n).astype(np.int32),
+        "index": np.arange(n, dtype=np.int32),
+    }
 
 
 def make(tx, **options):
@@ -37,7 +40,11 @@ def make(tx, **options):
 
 
 def by_hand(params, b):
-    x, kernel, bias = b["image"].reshape(8, -1), np.asarray(params["classifier"]["kernel"]), np.asarray(params["classifier"]["bias"])
+    x, kernel, bias = (
+        b["image"].reshape(8, -1),
+        np.asarray(params["classifier"]["kernel"]),
+        np.asarray(params["classifier"]["bias"]),
+    )
     z = x @ kernel + bias
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     residual = (p - np.eye(3)[b["label"]]) / 8
@@ -50,7 +57,9 @@ def test_sgd_is_the_gradient_by_hand_with_decay_on_kernels_only():
     d_kernel, d_bias = by_hand(state.params, b)
     after, metrics = step(state, b)
     kernel, bias = state.params["classifier"]["kernel"], state.params["classifier"]["bias"]
-    np.testing.assert_allclose(after.params["classifier"]["kernel"], kernel - 0.1 * (d_kernel + 0.5 * kernel), atol=1e-6)
+    np.testing.assert_allclose(
+        after.params["classifier"]["kernel"], kernel - 0.1 * (d_kernel + 0.5 * kernel), atol=1e-6
+    )
     np.testing.assert_allclose(after.params["classifier"]["bias"], bias - 0.1 * d_bias, atol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt((d_kernel**2).sum() + (d_bias**2).sum()), rtol=1e-5)
     assert int(after.step) == 1
@@ -61,7 +70,9 @@ def test_accumulation_keeps_the_result(parts):
     tx = optimizers.create("adamw", 0.1)
     (state, whole), (_, split) = make(tx), make(tx, accumulate=parts)
     one, other = whole(state, batch()), split(state, batch())
-    for a, b in zip(jax.tree.leaves((one[0].params, one[1])), jax.tree.leaves((other[0].params, other[1])), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((one[0].params, one[1])), jax.tree.leaves((other[0].params, other[1])), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -85,7 +96,10 @@ def test_every_optimizer_lowers_the_loss_and_spares_biases_from_decay(name):
         state, metrics = step(state, batch())
         first = first if first is not None else metrics["loss"]
     assert metrics["loss"] < first
-    params = {"classifier": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "conv": {"kernel": jnp.ones((3, 3, 2, 4))}}
+    params = {
+        "classifier": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
+        "conv": {"kernel": jnp.ones((3, 3, 2, 4))},
+    }
     still = jax.tree.map(jnp.zeros_like, params)
     plain = optimizers.create(name, 0.02, weight_decay=0.3)
     updates, _ = plain.update(still, plain.init(params), params)
@@ -114,8 +128,12 @@ def test_schedules_at_their_landmarks():
 
 
 def test_losses_in_closed_form():
-    b = {"image": np.zeros((4, 2, 2, 1), np.float32), "label": np.array([0, 1, 2, 0], np.int32),
-         "mask": np.array([1, 1, 1, 0], bool), "weight": np.array([1, 2, 1, 9], np.float32)}
+    b = {
+        "image": np.zeros((4, 2, 2, 1), np.float32),
+        "label": np.array([0, 1, 2, 0], np.int32),
+        "mask": np.array([1, 1, 1, 0], bool),
+        "weight": np.array([1, 2, 1, 9], np.float32),
+    }
     values = jnp.asarray([1.0, 2.0, 3.0, 100.0])
     np.testing.assert_allclose(losses.weighted_mean(values, b), (1 + 2 * 2 + 3) / 4)
     np.testing.assert_allclose(losses.targets(b, 3, 0.3)[1], [0.1, 0.8, 0.1], rtol=1e-6)
