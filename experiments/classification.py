@@ -13,11 +13,13 @@ from __future__ import annotations
 import dataclasses
 import time
 
+from dlcourse.contracts import InputError
 from experiments import command, settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
+    claims: bool = settings.setting(True, "measure the claims and their controls after training")
     splits: int = settings.setting(
         0,
         "compare the network's last features with as many random and principal ones on this "
@@ -26,6 +28,15 @@ class Analysis:
     probe_examples: int = settings.setting(
         4000, "training images that the linear probes of each layer are fitted on, at most"
     )
+
+
+    def __post_init__(self):
+        if self.splits == 1 or self.splits < 0:
+            raise InputError(f"--splits={self.splits}: an interval needs at least 2; 0 leaves the comparison out")
+        if self.splits and not self.claims:
+            raise InputError(f"--splits={self.splits} contradicts --noclaims; leave one of them out")
+        if self.probe_examples < 100:
+            raise InputError(f"--probe_examples={self.probe_examples}: give at least 100")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +54,7 @@ def main(config: Config, run) -> None:
     from dlcourse.training import evaluation
     from experiments import classification_evidence as evidence
     from experiments import train
+    from experiments.classification_numbers import hundred_numbers
 
     began = time.monotonic()
     dataset = train.load_data(config.data, config.run.seed)
@@ -57,20 +69,12 @@ def main(config: Config, run) -> None:
     evidence.draw_predictions(run, dataset, found["test"])
     evidence.draw_filters(run, trained)
     claims = []
-    for measure in (
-        evidence.learned_beats_pixels,
-        evidence.hundred_numbers,
-        evidence.depth_helps,
-        evidence.fields_grow,
-    ):
-        claims += measure(config, run, dataset, model, trained, found["test"], metrics)
-    run.finish(
-        metrics,
-        claims,
-        {"total": time.monotonic() - began, **trained.seconds},
-        environment.describe(),
-        tables=[evidence.class_table(dataset, found["test"])],
-    )
+    if config.analysis.claims:
+        for measure in (evidence.learned_beats_pixels, hundred_numbers, evidence.depth_helps, evidence.fields_grow):
+            claims += measure(config, run, dataset, model, trained, found["test"], metrics)
+    seconds = {"total": time.monotonic() - began + trained.seconds["earlier"], **trained.seconds}
+    tables = [evidence.class_table(dataset, found["test"])]
+    run.finish(metrics, claims, seconds, environment.describe(), tables=tables)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -97,7 +98,8 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
         state = saved.restore(initial) or jax.tree.map(jax.numpy.copy, initial)
         step = int(state.step)
         run.truncate_metrics(step)
-        began = time.monotonic() - max((record["seconds"] for record in run.metrics()), default=0.0)
+        earlier = max((record["seconds"] for record in run.metrics()), default=0.0)
+        began = time.monotonic() - earlier
         feed = batches.train_batches(split, batch_size, seed=config.run.seed, start=step)
         run_step, compiled, feed = _compile(state, feed, loss=loss, tx=tx, ema=wanted.ema, accumulate=wanted.accumulate)
         with terminal.Progress(total, batch_size, done=step) as progress:
@@ -114,7 +116,8 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
                     (period(config.run.checkpoint_every) or 1, lambda _, state: saved.save(state)),
                 ],
             )
-    return Trained(state, initial, {"compile": compiled, "train": time.monotonic() - began - compiled})
+    spent = {"compile": compiled, "train": time.monotonic() - began - compiled, "earlier": earlier}
+    return Trained(state, initial, spent)
 
 
 def start_from(folder: str, fresh: TrainState) -> TrainState:
@@ -123,6 +126,17 @@ def start_from(folder: str, fresh: TrainState) -> TrainState:
     params = variables.pop("params")
     average = None if fresh.ema is None else jax.tree.map(jax.numpy.copy, params)
     return fresh.replace(params=params, model_state=variables, ema=average)
+
+
+def fitter(model, image_shape: tuple[int, int, int], loss: Loss, tx) -> Callable[..., TrainState]:
+    """(split, steps, batch_size, seed) -> the state after so many updates, compiled once; nothing is written."""
+    step = jax.jit(functools.partial(train_step, loss=loss, tx=tx), donate_argnums=0)
+
+    def fitted(split, steps: int, batch_size: int, seed: int) -> TrainState:
+        state = states.create(model, image_shape, tx, streams.root(seed))
+        return fit(state, step, batches.train_batches(split, batch_size, seed=seed), steps=steps)
+
+    return fitted
 
 
 def predictions(model, variables, split, batch_size: int = 500) -> evaluation.Predictions:

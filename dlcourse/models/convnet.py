@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dlcourse.contracts import InputError
 from dlcourse.models.layers import BatchNorm, Conv, max_pool
 from dlcourse.models.taps import Edit, Taps
 
@@ -47,6 +48,14 @@ class ConvNet(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))
         return logits, tap.finish()
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Raises InputError where the pools leave nothing of the image, or a filter has no centre."""
+        if min(image_shape[:2]) < 2 ** (self.stages - 1):
+            raise InputError(f"model convnet: stages={self.stages} halve {image_shape[0]} x {image_shape[1]} pixels "
+                             "down to none: take fewer stages or a larger --image_size")
+        if self.first_kernel % 2 == 0:
+            raise InputError(f"model convnet: first_kernel={self.first_kernel} must be odd, so that it has a centre")
 
     def plan(self) -> list[tuple[int, bool]]:
         """(stage, whether a pool follows) for every layer, in order."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from flax import struct
 
 from dlcourse.contracts import Batch, Predict
+from dlcourse.training.intervals import wilson
 
 
 class Predictions(struct.PyTreeNode):
@@ -61,37 +61,6 @@ def predictions(predict: Predict, batches: Iterable[Batch]) -> Predictions:
         columns = (batch["index"], batch["label"], predicted, confidence, nll)
         parts.append([np.asarray(column)[np.asarray(batch["mask"])] for column in columns])
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927): (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
-    z, n, p = 1.959963984540054, trials, successes / trials
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-
-
-def paired_difference(correct: np.ndarray, control: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Difference of two accuracies on the same examples, with its 95 % interval.
-
-    The interval is Wald's for paired proportions with Agresti & Min's (2005) half observation
-    added to each of the four cells, so that it has a width even where the two never differ.
-
-    Args:
-      correct: (N,) bool.
-      control: (N,) bool, on the same examples in the same order.
-    """
-    wins, losses = np.sum(correct & ~control) + 0.5, np.sum(~correct & control) + 0.5
-    n = len(correct) + 2
-    centre = (wins - losses) / n
-    spread = 1.959963984540054 * math.sqrt(wins + losses - (wins - losses) ** 2 / n) / n
-    return float(correct.mean() - control.mean()), (centre - spread, centre + spread)
-
-
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a mean of independent values (N,), by the normal approximation."""
-    reach = 1.959963984540054 * np.std(values, ddof=1) / math.sqrt(len(values))
-    return float(np.mean(values) - reach), float(np.mean(values) + reach)
 
 
 def calibration_error(found: Predictions, bins: int = 15) -> float:

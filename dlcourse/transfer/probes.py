@@ -24,7 +24,7 @@ from dlcourse.contracts import Batch, InputError
 L2_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """From almost none to so much that only the strongest directions count; features are standardised."""
 
-MAX_FEATURES = 2048
+MAX_FEATURES = 512
 """D of a map's summary, at most, so that no probe takes much longer than another."""
 
 
@@ -127,7 +127,7 @@ def tap_features(
     """What each tap says about each example, as a vector of moderate length.
 
     Maps (B, H, W, C) are averaged over a grid of at most 4 x 4 cells, fewer where the D features
-    would exceed 2048: coarse position is kept, as a layer's successors can use it, and no layer
+    would exceed 512: coarse position is kept, as a layer's successors can use it, and no layer
     wins by its mere number of pixels. Tokens (B, T, C) are averaged. The reduction is fixed, so
     that a trained and an untrained network differ by their features alone.
 
@@ -165,7 +165,7 @@ def _reducer(model, taps):
 
 
 def summarise(values: jax.Array) -> jax.Array:
-    """(B, H, W, C), (B, T, C) or (B, D) -> (B, D) float32 with D at most 2048 where C is."""
+    """(B, H, W, C), (B, T, C) or (B, D) -> (B, D) float32 with D at most 512 where C is."""
     values = values.astype(jnp.float32)
     if values.ndim == 3:
         return values.mean(1)

@@ -5,7 +5,7 @@ import scipy.special
 import scipy.stats
 import sklearn.metrics
 
-from dlcourse.training import evaluation
+from dlcourse.training import evaluation, intervals
 
 
 def random_predictions(n=500, k=4):
@@ -50,7 +50,7 @@ def test_summary_agrees_with_scikit_learn():
 def test_wilson_agrees_with_scipy():
     for hits, n in [(0, 10), (5, 10), (10, 10), (980, 1000)]:
         expected = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
-        np.testing.assert_allclose(evaluation.wilson(hits, n), (expected.low, expected.high), atol=1e-12)
+        np.testing.assert_allclose(intervals.wilson(hits, n), (expected.low, expected.high), atol=1e-12)
 
 
 def test_calibration_error_of_planted_confidence():
@@ -69,8 +69,17 @@ def test_paired_interval_covers_the_truth_and_has_width_when_all_agree():
         both = rng.random(300)
         one, other = both < 0.9, (both < 0.85) ^ (rng.random(300) < 0.05)
         truth = 0.9 - (0.85 * 0.95 + 0.15 * 0.05)
-        low, high = evaluation.paired_difference(one, other)[1]
+        low, high = intervals.paired_difference(one, other)[1]
         covered += low <= truth <= high
     assert 0.92 <= covered / 400 <= 0.98
-    low, high = evaluation.paired_difference(np.ones(50, bool), np.ones(50, bool))[1]
+    low, high = intervals.paired_difference(np.ones(50, bool), np.ones(50, bool))[1]
     assert low < 0 < high
+
+
+def test_the_interval_over_random_splits_is_wider_than_that_of_independent_repeats():
+    scores = np.random.default_rng(0).normal(0.9, 0.02, 20)
+    low, high = intervals.resampled_interval(scores, 120, 80)
+    naive = scipy.stats.t.interval(0.95, 19, scores.mean(), scipy.stats.sem(scores))
+    np.testing.assert_allclose((low + high) / 2, scores.mean())
+    np.testing.assert_allclose((high - low) / (naive[1] - naive[0]), np.sqrt(1 + 20 * 80 / 120), rtol=1e-9)
+    assert intervals.resampled_interval(scores[:1], 120, 80) == (-np.inf, np.inf)
