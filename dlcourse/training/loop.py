@@ -46,7 +46,8 @@ def fit(
       steps: updates in all.
       seconds: of wall clock from now.
       on_step: called after each step with its number (from 1) and metrics as floats.
-      every: (period in steps, callback) pairs, called at multiples of the period and at the end.
+      every: (period in steps, callback) pairs, called at multiples of the period and at the end,
+        unless not a single step was left to make.
 
     Returns:
       The last state.
@@ -56,6 +57,7 @@ def fit(
       Interrupted: SIGTERM or SIGINT came; all callbacks were called with the state reached.
     """
     began, step, pending = time.monotonic(), int(state.step), None
+    first = step
 
     def settle():
         if pending is not None:
@@ -76,7 +78,7 @@ def fit(
             for callback in due:
                 callback(step, state)
         settle()
-        for _, callback in every:
+        for _, callback in every if step > first else ():
             callback(step, state)
         if stopped.is_set():
             raise Interrupted(f"stopped by a signal after step {step}")

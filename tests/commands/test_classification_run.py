@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from commands import ROOT, surroundings
+from PIL import Image
 
 from experiments import classification, command, parsing, train
 from experiments.classification import Config
@@ -90,6 +91,51 @@ def test_init_from_something_unusable(finished, tmp_path, spoil, says, capsys):
     assert run(f"--workdir={tmp_path / 'new'}", f"--init_from={broken}", *SMALL[1:], model) == 2
     said = capsys.readouterr().err.strip()
     assert says in said and len(said.splitlines()) == 1 and not (tmp_path / "new").exists()
+
+
+def no_class(folder):
+    return f"folder:{folder}"
+
+
+def one_class(folder):
+    picture(folder / "only" / "1.png")
+    return f"folder:{folder}"
+
+
+def truncated(folder):
+    for name in ("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "b/3.png"):
+        picture(folder / name)
+    spoilt = folder / "b" / "2.png"
+    spoilt.write_bytes(spoilt.read_bytes()[:60])
+    return f"folder:{folder}"
+
+
+def pickled(folder):
+    np.savez(folder / "x.npz", image=np.array([{}, {}], object), label=np.array([0, 1]))
+    return f"npz:{folder}/x.npz"
+
+
+def not_finite(folder):
+    images = np.full((20, 4, 4, 1), 0.5, np.float32)
+    images[3, 1, 1] = np.nan
+    np.savez(folder / "x.npz", image=images, label=np.arange(20) % 2)
+    return f"npz:{folder}/x.npz"
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (no_class, "0 subfolders"), (one_class, "1 subfolder"), (truncated, "2.png"), (pickled, "pickle"), (not_finite, "finite")])
+def test_data_that_will_not_do_is_one_line(make, says, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    status = run(f"--dataset={make(tmp_path / 'data')}", f"--workdir={tmp_path / 'run'}", *SMALL)
+    said = capsys.readouterr().err.strip()
+    assert status == 2 and says in said and len(said.splitlines()) == 1, said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("model", ["mlp,width=16", "wide_resnet,depth=10,widen=1", "linear"])

@@ -48,6 +48,12 @@ def test_callbacks_come_at_their_multiples_and_at_the_end():
     assert seen == [(3, 3), (6, 6), (7, 7)] and steps == list(range(1, 8))
 
 
+def test_a_run_that_is_complete_is_left_as_it_is():
+    done = loop.fit(fresh(), STEP, feed(), steps=3)
+    again = loop.fit(done, STEP, feed(3), steps=3, every=[(1, lambda step, state: pytest.fail("called again"))])
+    assert int(again.step) == 3
+
+
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_the_batch():
     saved = []
 
