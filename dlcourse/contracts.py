@@ -39,6 +39,10 @@ class Split(Protocol):
         """indices (B,) -> `image` (B,H,W,C) float32 in [0,1], `label` (B,) int32, and what else is known."""
         ...
 
+    def take(self, positions: np.ndarray) -> Split:
+        """The split of only these examples, in this order."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

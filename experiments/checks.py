@@ -39,6 +39,8 @@ def check(values: dict[str, Any], given: dict[str, Any]) -> None:
             raise InputError(f"--{name}={values[name]}: must be {words}")
     times = {name: durations.parse(values[name], name) for name in DURATIONS if name in values}
     for name, duration in times.items():
+        if duration.unit == "minutes" and name in ("eval_every", "checkpoint_every"):
+            raise InputError(f"--{name}={values[name]}: give it in epochs, steps or examples")
         if duration.value == 0 and name != "warmup":
             raise InputError(f"--{name}={values[name]}: must be longer than nothing")
     if "optimizer" in values:

@@ -4,7 +4,7 @@ Lecture: representation learning (L01), deep learning as a cascade (L07), hierar
 Claims, each with the control that could refute it:
   L01.learned   features learned end to end beat a linear classifier on pixels: same data, same number of updates
   L01.numbers   a few learned numbers classify better than as many random, principal or raw ones (--splits)
-  L07.depth     the class is easier to read from each deeper layer; not so in the same network untrained
+  L07.depth     the deeper the layer, the easier the class is to read; less so in the same network untrained
   L11.fields    receptive fields grow layer by layer; arithmetic equal to differentiation at every layer
 """
 
@@ -47,6 +47,10 @@ class Config:
     run: settings.Run = settings.Run()
     analysis: Analysis = Analysis()
 
+    def __post_init__(self):
+        if self.analysis.splits and self.model.init_from:
+            raise InputError("--splits trains anew on each split, which --init_from contradicts; leave one of them out")
+
 
 def main(config: Config, run) -> None:
     # Imported here, since JAX takes a second that `--help` and a mistyped flag should not wait for.
@@ -73,7 +77,7 @@ def main(config: Config, run) -> None:
         for measure in (evidence.learned_beats_pixels, hundred_numbers, evidence.depth_helps, evidence.fields_grow):
             claims += measure(config, run, dataset, model, trained, found["test"], metrics)
     seconds = {"total": time.monotonic() - began + trained.seconds["earlier"], **trained.seconds}
-    tables = [evidence.class_table(dataset, found["test"])]
+    tables = [evidence.class_table(dataset, found["test"]), evidence.data_table(dataset)]
     run.finish(metrics, claims, seconds, environment.describe(), tables=tables)
 
 

@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -46,6 +47,7 @@ def run(main: Callable[[Any, Any], None], Config: type, name: str) -> None:
 
 def status(main, Config, name: str, argv: list[str]) -> int:
     """Runs an experiment and returns its exit status; every failure is said on standard error."""
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         _execute(main, Config, name, argv)
         return DONE
@@ -59,6 +61,16 @@ def status(main, Config, name: str, argv: list[str]) -> int:
             return _say(f"error: {mistake}", MISTAKE)
         traceback.print_exc()
         return FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Interrupted(Exception):
+    """SIGTERM came outside the training loop, where nothing is left to save."""
+
+
+def _stop(*_) -> None:
+    raise Interrupted("stopped by a signal outside training")
 
 
 def _execute(main, Config, name: str, argv: list[str]) -> None:

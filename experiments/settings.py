@@ -19,7 +19,8 @@ class Data:
     dataset: str = setting("digits", "digits, faces, fashion_mnist, shapes, folder:PATH, npz:PATH, tfds:NAME "
                            "or fake:HxWxC,K (made up, for trying things out)")
     image_size: int = setting(0, "resize images to this many pixels a side; 0 keeps them as they are")
-    validation_fraction: float = setting(0.1, "share of the training examples held out for validation, in (0, 0.5]")
+    validation_fraction: float = setting(0.1, "share of the training examples held out for validation, in "
+                                         "(0, 0.5]; a source with a validation split of its own keeps that")
     augment: str = setting("", "training augmentation, comma separated, such as flip,crop=2,cutout=8,mixup=0.2")
     batch_size: int = setting(64, "examples in a training step")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,10 +24,10 @@ from experiments import settings
 
 
 class Trained(NamedTuple):
-    """What training leaves: the last state, the one it began with, and the seconds that all its sessions took."""
+    """What training leaves: the last state, one that no step ever touched, and the seconds that all sessions took."""
 
     state: TrainState
-    initial: TrainState
+    untrained: TrainState
     seconds: dict[str, float]
 
 
@@ -91,11 +90,12 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
     total, wanted = period(config.run.train_for), config.optimizer
     minutes = durations.parse(config.run.train_for).value if total is None else None
     tx = make_optimizer(wanted, total, period)
-    initial = states.create(model, dataset.image_shape, tx, streams.root(config.run.seed), ema=wanted.ema > 0)
-    if config.model.init_from:
-        initial = start_from(config.model.init_from, initial)
+    untrained = states.create(model, dataset.image_shape, tx, streams.root(config.run.seed), ema=wanted.ema > 0)
+    start = start_from(config.model.init_from, untrained) if config.model.init_from else untrained
+    first = next(batches.train_batches(split, batch_size, seed=config.run.seed))
+    jax.eval_shape(loss, start.params, start.model_state, first, start.key)  # mistakes show before anything is written
     with checkpoint.Checkpoints(run.path / "checkpoints") as saved:
-        state = saved.restore(initial) or jax.tree.map(jax.numpy.copy, initial)
+        state = saved.restore(start) or jax.tree.map(jax.numpy.copy, start)
         step = int(state.step)
         run.truncate_metrics(step)
         earlier = max((record["seconds"] for record in run.metrics()), default=0.0)
@@ -109,7 +109,7 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
                 run_step,
                 feed,
                 steps=total,
-                seconds=minutes and 60 * minutes,
+                seconds=minutes and max(0.0, 60 * minutes - earlier),
                 on_step=watch.step,
                 every=[
                     (period(config.run.eval_every) or 1, watch.evaluate),
@@ -117,7 +117,7 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
                 ],
             )
     spent = {"compile": compiled, "train": time.monotonic() - began - compiled, "earlier": earlier}
-    return Trained(state, initial, spent)
+    return Trained(state, untrained, spent)
 
 
 def start_from(folder: str, fresh: TrainState) -> TrainState:
@@ -128,19 +128,20 @@ def start_from(folder: str, fresh: TrainState) -> TrainState:
     return fresh.replace(params=params, model_state=variables, ema=average)
 
 
-def fitter(model, image_shape: tuple[int, int, int], loss: Loss, tx) -> Callable[..., TrainState]:
+def fitter(model, image_shape: tuple[int, int, int], loss: Loss, tx, *, ema: float = 0.0, accumulate: int = 1):
     """(split, steps, batch_size, seed) -> the state after so many updates, compiled once; nothing is written."""
-    step = jax.jit(functools.partial(train_step, loss=loss, tx=tx), donate_argnums=0)
+    how = {"loss": loss, "tx": tx, "ema": ema, "accumulate": accumulate}
+    step = jax.jit(functools.partial(train_step, **how), donate_argnums=0)
 
     def fitted(split, steps: int, batch_size: int, seed: int) -> TrainState:
-        state = states.create(model, image_shape, tx, streams.root(seed))
+        state = states.create(model, image_shape, tx, streams.root(seed), ema=ema > 0)
         return fit(state, step, batches.train_batches(split, batch_size, seed=seed), steps=steps)
 
     return fitted
 
 
-def predictions(model, variables, split, batch_size: int = 500) -> evaluation.Predictions:
-    return evaluation.predictions(evaluation.predictor(model, variables), batches.eval_batches(split, batch_size))
+def predictions(model, variables, split) -> evaluation.Predictions:
+    return evaluation.predictions(evaluation.predictor(model, variables), split)
 
 
 def _compile(state, feed, **how):
@@ -173,8 +174,9 @@ class _Watch:
         self.progress.update(step, shown)
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        found = predictions(self.model, state.variables, self.dataset.splits["validation"])
-        self.run.log(step, "validation", dict(evaluation.summarise(found)), self._seconds())
+        predict = evaluation.predictor(self.model, state.variables)
+        values = dict(evaluation.classification(predict, self.dataset.splits["validation"]))
+        self.run.log(step, "validation", values, self._seconds())
 
     def _seconds(self) -> float:
         return time.monotonic() - self.began

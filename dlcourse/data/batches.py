@@ -104,7 +104,7 @@ def on_accelerator(split: Split):
     """`split.__getitem__` with images gathered from the accelerator's memory, or None where that does not fit.
 
     Bytes stay bytes there: a quarter of the memory, and only indices cross the bus. With several processes each
-    feeds its own part of a global batch, which `training/parallel.py` assembles from NumPy arrays.
+    feeds its own part of a global batch from NumPy arrays.
     """
     import jax
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 
 import jax
 import orbax.checkpoint as ocp
@@ -64,7 +63,9 @@ def load_variables(run: pathlib.Path | str, template: TrainState) -> dict:
         raise InputError(f"--init_from={run}: no checkpoint there; give the folder of a run (it holds result.json)")
     path = folder.absolute() / str(steps[-1]) / "default"
     try:
-        saved = ocp.StandardCheckpointer().restore(path)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # it may have been saved on other devices
+        reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        saved = reader.restore(path, args=ocp.args.StandardRestore(fallback_sharding=here))
         saved_params = saved["ema"] or saved["params"]
         variables = {"params": saved_params, **saved["model_state"]}
     except Exception as error:
@@ -94,7 +95,3 @@ def _abstract(state):
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
-
-def remove(folder: pathlib.Path) -> None:
-    """Delete a run's checkpoints."""
-    shutil.rmtree(folder, ignore_errors=True)

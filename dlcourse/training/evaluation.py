@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dlcourse.contracts import Batch, Predict
+from dlcourse.contracts import Predict, Split
+from dlcourse.data import batches
 from dlcourse.training.intervals import wilson
 
 
@@ -53,10 +54,10 @@ def _judge(logits, label):
     return logits.argmax(-1), jnp.exp(log_p.max(-1)), nll
 
 
-def predictions(predict: Predict, batches: Iterable[Batch]) -> Predictions:
-    """Every example's prediction; entries that the batches' `mask` excludes are left out."""
+def predictions(predict: Predict, split: Split, batch_size: int = 500) -> Predictions:
+    """Every example's prediction, in the split's order."""
     parts = []
-    for batch in batches:
+    for batch in batches.eval_batches(split, batch_size):
         predicted, confidence, nll = _judge(predict(batch["image"]), batch["label"])
         columns = (batch["index"], batch["label"], predicted, confidence, nll)
         parts.append([np.asarray(column)[np.asarray(batch["mask"])] for column in columns])
@@ -93,6 +94,6 @@ def summarise(found: Predictions) -> Iterator[tuple[str, float]]:
                 "nll": float(found.nll.mean()), "ece": calibration_error(found), "n": n}.items()
 
 
-def classification(predict: Predict, batches: Iterable[Batch]) -> Iterator[tuple[str, float]]:
-    """The Evaluator of classifiers: `summarise` over the predictions on the batches."""
-    yield from summarise(predictions(predict, batches))
+def classification(predict: Predict, split: Split) -> Iterator[tuple[str, float]]:
+    """The Evaluator of classifiers: `summarise` over the predictions on the split."""
+    yield from summarise(predictions(predict, split))

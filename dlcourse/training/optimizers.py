@@ -19,13 +19,13 @@ def schedule(name: str, peak: float, steps: int, warmup: int = 0) -> optax.Sched
     Args:
       name: constant, cosine or one_cycle.
       peak: highest learning rate.
-      steps: T, length of the run in updates.
+      steps: T, length of the run in updates; 0 where only a clock knows (constant alone).
       warmup: updates of linear rise from 0, below `steps`.
 
     Raises:
       InputError: unknown name, or a warm-up that leaves no steps.
     """
-    if warmup and warmup >= steps:
+    if warmup and steps and warmup >= steps:
         raise InputError(
             f"--warmup takes {warmup} steps, but the run has only {steps}: shorten it or raise --train_for"
         )

@@ -129,7 +129,8 @@ def picture(path):
 
 
 @pytest.mark.parametrize(("make", "says"), [
-    (no_class, "0 subfolders"), (one_class, "1 subfolder"), (truncated, "2.png"), (pickled, "pickle"), (not_finite, "finite")])
+    (no_class, "0 subfolders"), (one_class, "1 subfolder"),
+    (truncated, "2.png"), (pickled, "pickle"), (not_finite, "finite")])
 def test_data_that_will_not_do_is_one_line(make, says, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     status = run(f"--dataset={make(tmp_path / 'data')}", f"--workdir={tmp_path / 'run'}", *SMALL)
@@ -183,7 +184,7 @@ def test_a_preset_trains_on_made_up_data_of_its_shape(preset, tmp_path):
         steps = [record for record in opened.metrics() if record["split"] == "train"]
     assert int(trained.state.step) == 1 and np.isfinite(steps[0]["values"]["loss"])
     moved = [np.abs(np.asarray(a) - np.asarray(b)).max() > 0 for a, b in
-             zip(jax.tree.leaves(trained.state.params), jax.tree.leaves(trained.initial.params), strict=True)]
+             zip(jax.tree.leaves(trained.state.params), jax.tree.leaves(trained.untrained.params), strict=True)]
     assert any(moved)
 
 

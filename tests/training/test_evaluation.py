@@ -8,20 +8,25 @@ import sklearn.metrics
 from dlcourse.training import evaluation, intervals
 
 
+class Rows:
+    """A split whose images are logits already."""
+
+    def __init__(self, logits, labels):
+        self.logits, self.labels = logits, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, indices):
+        return {"image": self.logits[indices], "label": self.labels[indices]}
+
+
 def random_predictions(n=500, k=4):
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((n, k)).astype(np.float32) * 2
     label = rng.integers(0, k, n).astype(np.int32)
-    parts = [
-        {"image": logits[i : i + 64], "label": label[i : i + 64], "index": np.arange(i, min(i + 64, n))}
-        for i in range(0, n, 64)
-    ]
-    for part in parts:  # the last batch is padded and masked
-        short = 64 - len(part["label"])
-        part["mask"] = np.arange(64) < len(part["label"])
-        part["image"], part["label"] = np.pad(part["image"], ((0, short), (0, 0))), np.pad(part["label"], (0, short))
-        part["index"] = np.pad(part["index"], (0, short))
-    return logits, label, evaluation.predictions(lambda images: images, parts)
+    # 64 does not divide 500: the last batch is padded and masked.
+    return logits, label, evaluation.predictions(lambda images: images, Rows(logits, label), batch_size=64)
 
 
 def test_predictions_cover_every_example_once_in_order():
