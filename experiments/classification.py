@@ -65,10 +65,8 @@ def main(config: Config, run) -> None:
     model = train.build_model(config.model, dataset)
     train.banner(config, dataset, model, run)
     trained = train.train(config, run, dataset, model, train.classifier_loss(model, config, dataset))
-    found = {
-        split: train.predictions(model, trained.state.variables, dataset.splits[split])
-        for split in ("validation", "test")
-    }
+    predict = train.judge(config.model, model, trained.state.variables)
+    found = {split: evaluation.predictions(predict, dataset.splits[split]) for split in ("validation", "test")}
     metrics = {f"{split}/{name}": value for split in found for name, value in evaluation.summarise(found[split])}
     evidence.draw_predictions(run, dataset, found["test"])
     evidence.draw_filters(run, trained)

@@ -40,10 +40,10 @@ def learned_beats_pixels(config, run, dataset, model, trained, test, metrics) ->
         tx = optimizers.create("adamw", optimizers.schedule("one_cycle", rate, steps), weight_decay=1e-2)
         fitted = train.fitter(linear, dataset.image_shape, losses.cross_entropy(linear), tx)
         state = fitted(dataset.splits["train"], steps, config.data.batch_size, config.run.seed)
-        seen = train.predictions(linear, state.variables, dataset.splits["validation"])
+        seen = evaluation.predictions(evaluation.predictor(linear, state.variables), dataset.splits["validation"])
         candidates.append((float(seen.nll.mean()), rate, state))
     _, rate, state = min(candidates, key=lambda candidate: candidate[0])
-    control = train.predictions(linear, state.variables, dataset.splits["test"])
+    control = evaluation.predictions(evaluation.predictor(linear, state.variables), dataset.splits["test"])
     metrics |= {f"linear/{name}": value for name, value in evaluation.summarise(control)}
     _, interval = intervals.paired_difference(test.correct, control.correct)
     run.figure(

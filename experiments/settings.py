@@ -30,6 +30,7 @@ class Model:
     model: str = setting("convnet", "a network and its options, such as convnet,width=64 or resnet18 "
                          "(a wrong name lists all)")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the computation; parameters stay float32")
+    mirror: bool = setting(False, "judge an image by the mean of its logits and those of its mirror image")
     init_from: str = setting("", "a finished run's folder whose parameters to start from")
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dlcourse import data, models, streams
-from dlcourse.contracts import Dataset, Loss
+from dlcourse.contracts import Dataset, Loss, Predict
 from dlcourse.data import augment, batches
 from dlcourse.models import size
 from dlcourse.reporting import terminal
@@ -103,7 +103,10 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
         feed = batches.train_batches(split, batch_size, seed=config.run.seed, start=step)
         run_step, compiled, feed = _compile(state, feed, loss=loss, tx=tx, ema=wanted.ema, accumulate=wanted.accumulate)
         with terminal.Progress(total, batch_size, done=step) as progress:
-            watch = _Watch(run, progress, model, dataset, log_every=max(1, (total or 1000) // 200), began=began)
+            watch = _Watch(
+                run, progress, functools.partial(judge, config.model, model), dataset.splits["validation"],
+                log_every=max(1, (total or 1000) // 200), began=began,
+            )
             state = fit(
                 state,
                 run_step,
@@ -140,8 +143,10 @@ def fitter(model, image_shape: tuple[int, int, int], loss: Loss, tx, *, ema: flo
     return fitted
 
 
-def predictions(model, variables, split) -> evaluation.Predictions:
-    return evaluation.predictions(evaluation.predictor(model, variables), split)
+def judge(wanted: settings.Model, model, variables) -> Predict:
+    """images -> logits, as the settings say that images are judged."""
+    predict = evaluation.predictor(model, variables)
+    return evaluation.mirrored(predict) if wanted.mirror else predict
 
 
 def _compile(state, feed, **how):
@@ -159,8 +164,8 @@ def _compile(state, feed, **how):
 class _Watch:
     """Looks on while the loop runs: means of the training metrics, validation, progress."""
 
-    def __init__(self, run, progress, model, dataset, *, log_every, began):
-        self.run, self.progress, self.model, self.dataset = run, progress, model, dataset
+    def __init__(self, run, progress, judge, validation, *, log_every, began):
+        self.run, self.progress, self.judge, self.validation = run, progress, judge, validation
         self.log_every, self.began = log_every, began
         self.window: list[dict[str, float]] = []
 
@@ -174,8 +179,7 @@ class _Watch:
         self.progress.update(step, shown)
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        predict = evaluation.predictor(self.model, state.variables)
-        values = dict(evaluation.classification(predict, self.dataset.splits["validation"]))
+        values = dict(evaluation.classification(self.judge(state.variables), self.validation))
         self.run.log(step, "validation", values, self._seconds())
 
     def _seconds(self) -> float:

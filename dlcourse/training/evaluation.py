@@ -47,6 +47,11 @@ def predictor(model, variables) -> Predict:
     return functools.partial(_logits, model, variables)
 
 
+def mirrored(predict: Predict) -> Predict:
+    """images -> the mean of the logits of each image and of its mirror image (Krizhevsky et al. 2012, section 4.1)."""
+    return lambda images: (predict(images) + predict(images[:, :, ::-1])) / 2
+
+
 @jax.jit
 def _judge(logits, label):
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))

@@ -88,3 +88,14 @@ def test_the_interval_over_random_splits_is_wider_than_that_of_independent_repea
     np.testing.assert_allclose((low + high) / 2, scores.mean())
     np.testing.assert_allclose((high - low) / (naive[1] - naive[0]), np.sqrt(1 + 20 * 80 / 120), rtol=1e-9)
     assert intervals.resampled_interval(scores[:1], 120, 80) == (-np.inf, np.inf)
+
+
+def test_mirrored_judges_an_image_as_its_mirror_image():
+    images = np.random.default_rng(0).random((3, 4, 5, 1)).astype(np.float32)
+
+    def predict(images):
+        return images[:, 0, :2, 0]
+
+    judged = evaluation.mirrored(predict)
+    np.testing.assert_allclose(judged(images), judged(images[:, :, ::-1]))
+    np.testing.assert_allclose(judged(images)[:, 0], (images[:, 0, 0, 0] + images[:, 0, -1, 0]) / 2)
