@@ -6,6 +6,11 @@ Claims, each with the control that could refute it:
   L01.numbers   a few learned numbers classify better than as many random, principal or raw ones (--splits)
   L07.depth     the deeper the layer, the easier the class is to read; less so in the same network untrained
   L11.fields    receptive fields grow layer by layer; arithmetic equal to differentiation at every layer
+
+    launch/local classification                                                    digits: 1 min, 2 CPU cores, 99.2 % (seed 0)
+    launch/local classification --flagfile=experiments/presets/fashion_mnist.flags 16 min, 2 CPU cores, 94.1 % (seed 0)
+
+Measured 2026-11-23; all recipes with intervals: README.md.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ class Config:
     data: settings.Data = settings.Data(augment="crop=1")
     model: settings.Model = settings.Model()
     optimizer: settings.Optimizer = settings.Optimizer()
-    run: settings.Run = settings.Run()
+    run: settings.Run = settings.Run(checkpoint_every="10epochs")
     analysis: Analysis = Analysis()
 
     def __post_init__(self):
