@@ -28,13 +28,35 @@ class ArraySplit:
         return len(self.labels)
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        extras = {name: values[indices] for name, values in self.extras.items()}
-        return {"image": to_float(self.images[indices]), "label": self.labels[indices], **extras}
+        return {"image": to_float(self.images[indices]), **self.facts(indices)}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.images.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.images.dtype
+
+    def facts(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """All that is known of the examples but their images."""
+        return {"label": self.labels[indices], **{name: values[indices] for name, values in self.extras.items()}}
+
+    def fill(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Copies the images of `indices` (B,) into `out` (B,H,W,C) of this split's dtype."""
+        np.take(self.images, indices, axis=0, out=out, mode="clip")  # any other mode goes through a buffer
 
     def take(self, positions: np.ndarray) -> ArraySplit:
         """The split of only these examples, in this order."""
         extras = {name: values[positions] for name, values in self.extras.items()}
         return ArraySplit(self.images[positions], self.labels[positions], extras)
+
+
+def read(split, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """`split[indices]` of a split that has `image_shape`, `dtype`, `fill` and `facts`."""
+    images = np.empty((len(indices), *split.image_shape), split.dtype)
+    split.fill(indices, images)
+    return {"image": to_float(images), **split.facts(indices)}
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

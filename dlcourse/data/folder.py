@@ -12,13 +12,13 @@ import numpy as np
 
 from dlcourse.contracts import Dataset, InputError
 from dlcourse.data import arrays
+from dlcourse.data.decoding import decode, header
 
 LEVELS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 CHECKED = 4000
 """Every file's header is read when a folder is loaded; this many files, evenly spread, are also decoded to the end."""
 LITTER = {"thumbs.db", "desktop.ini"}
 GREY = {"1", "L", "LA", "I;16"}
-WAY_OUT = "remove or replace it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +28,35 @@ class FolderSplit:
     Attributes:
       paths: N files.
       labels: (N,) int32.
-      channels: 1 or 3, that all images are converted to.
+      image_shape: (H,W,C) of the images as they are read.
       image_size: side of the square that images are resized to; 0 keeps them.
     """
 
     paths: tuple[pathlib.Path, ...]
     labels: np.ndarray
-    channels: int
+    image_shape: tuple[int, int, int]
     image_size: int
+    dtype = np.dtype(np.uint8)
     decodes = True
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        images = [decode(self.paths[i], self.channels, self.image_size) for i in indices]
-        return {"image": arrays.to_float(np.stack(images)), "label": self.labels[indices]}
+        return arrays.read(self, indices)
+
+    def facts(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """All that is known of the examples but their images."""
+        return {"label": self.labels[indices]}
+
+    def fill(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Decodes the images of `indices` (B,) into `out` (B,H,W,C) uint8."""
+        for i, to in zip(indices, out, strict=True):
+            image = decode(self.paths[i], to.shape[2], self.image_size)
+            if image.shape != to.shape:
+                raise InputError(f"{self.paths[i]}: is {image.shape[1]}x{image.shape[0]} now, {to.shape[1]}x"
+                                 f"{to.shape[0]} when training began; put it back, or give --image_size")
+            to[...] = image
 
     def take(self, positions: np.ndarray) -> FolderSplit:
         """The split of only these examples, in this order."""
@@ -75,8 +88,9 @@ def load(path: str, image_size: int) -> Dataset:
     files = {split: files_of(level, class_names) for split, level in levels.items()}
     everything = [file for paths, _ in files.values() for file in paths]
     channels, (height, width) = inspect(path, everything, image_size)
-    splits = {split: FolderSplit(paths, labels, channels, image_size) for split, (paths, labels) in files.items()}
-    return Dataset(root.resolve().name, splits, class_names, (height, width, channels),
+    shape = (height, width, channels)
+    splits = {split: FolderSplit(paths, labels, shape, image_size) for split, (paths, labels) in files.items()}
+    return Dataset(root.resolve().name, splits, class_names, shape,
                    citation=f"images in the folder {root.resolve().name}", licence="as its owner says")
 
 
@@ -150,59 +164,3 @@ def inspect(path: str, files: Sequence[pathlib.Path], image_size: int) -> tuple[
         raise InputError(f"folder:{path}: images differ in size ({its.name} is {one[1]}x{one[0]}, {others.name} "
                          f"{other[1]}x{other[0]}); give --image_size, such as --image_size=64")
     return channels, next(iter(sizes))
-
-
-def header(path: pathlib.Path) -> tuple[str, tuple[int, int]]:
-    """An image's pillow mode and its (height, width) once it is upright."""
-    from PIL import Image
-
-    with reading(path), Image.open(path) as image:
-        sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF Orientation: 5 to 8 swap the axes
-        return image.mode, image.size if sideways else image.size[::-1]
-
-
-def decode(path: pathlib.Path, channels: int, image_size: int) -> np.ndarray:
-    """One file as (H,W,C) uint8, upright, the centred square resized to image_size unless that is 0."""
-    from PIL import Image, ImageOps
-
-    with reading(path), Image.open(path) as image:
-        if image_size:
-            image.draft(None, (image_size, image_size))  # lets JPEG skip detail that resizing would throw away
-        upright = converted(path, ImageOps.exif_transpose(image), channels)
-        if image_size:
-            upright = upright.resize((image_size, image_size), Image.Resampling.BILINEAR,
-                                     box=arrays.centred_square(*upright.size))
-        return np.asarray(upright).reshape(upright.height, upright.width, channels)
-
-
-def converted(path: pathlib.Path, image, channels: int):
-    """A pillow image as grey (1 channel) or RGB (3), 8 bits; transparency becomes white."""
-    from PIL import Image
-
-    if image.mode in ("I", "F"):
-        raise InputError(f"{path}: has {image.mode!r} pixels of 32 bits without a scale; convert it "
-                         "to 8 bits, or use npz:PATH")
-    if image.mode == "I;16":
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-class reading:
-    """Turns whatever pillow raises on a bad file into an InputError that names it."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            from PIL import UnidentifiedImageError
-
-            unknown = isinstance(error, UnidentifiedImageError)
-            why = "is not an image" if unknown else f"cannot be read as an image ({error})"
-            raise InputError(f"{self.path}: {why}; {WAY_OUT}") from error
