@@ -7,6 +7,7 @@ from typing import Any
 
 from dlcourse.contracts import InputError
 from dlcourse.training import durations
+from experiments import cluster
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": (lambda v: v >= 1, "at least 1"),
@@ -20,8 +21,12 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "accumulate": (lambda v: v >= 1, "at least 1"),
     "label_smoothing": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "seed": (lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
+    "keep": (lambda v: v >= 1, "at least 1"),
+    "fsdp": (lambda v: v >= 1, "at least 1"),
+    "steps_per_dispatch": (lambda v: v >= 0, "0 (choose) or a number of steps"),
+    "coordinator_timeout": (lambda v: v > 0, "greater than 0 seconds"),
 }
-DURATIONS = ("train_for", "eval_every", "checkpoint_every", "warmup")
+DURATIONS = ("train_for", "eval_every", "checkpoint_every", "warmup", "profile")
 
 
 def check(values: dict[str, Any], given: dict[str, Any]) -> None:
@@ -39,10 +44,12 @@ def check(values: dict[str, Any], given: dict[str, Any]) -> None:
             raise InputError(f"--{name}={values[name]}: must be {words}")
     times = {name: durations.parse(values[name], name) for name in DURATIONS if name in values}
     for name, duration in times.items():
-        if duration.unit == "minutes" and name in ("eval_every", "checkpoint_every"):
+        if duration.unit == "minutes" and name in ("eval_every", "profile"):
             raise InputError(f"--{name}={values[name]}: give it in epochs, steps or examples")
-        if duration.value == 0 and name != "warmup":
+        if duration.value == 0 and name not in ("warmup", "profile"):
             raise InputError(f"--{name}={values[name]}: must be longer than nothing")
+    if "coordinator" in values:
+        cluster.check(values)
     if "optimizer" in values:
         _check_optimizer(values, given, times)
 

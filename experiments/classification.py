@@ -50,6 +50,7 @@ class Config:
     model: settings.Model = settings.Model()
     optimizer: settings.Optimizer = settings.Optimizer()
     run: settings.Run = settings.Run(checkpoint_every="10epochs")
+    devices: settings.Devices = settings.Devices()
     analysis: Analysis = Analysis()
 
     def __post_init__(self):
@@ -70,9 +71,11 @@ def main(config: Config, run) -> None:
     model = train.build_model(config.model, dataset)
     train.banner(config, dataset, model, run)
     trained = train.train(config, run, dataset, model, train.classifier_loss(model, config, dataset))
-    predict = train.judge(config.model, model, trained.state.variables)
-    found = {split: evaluation.predictions(predict, dataset.splits[split]) for split in ("validation", "test")}
+    predict = train.judge(config.model, model, trained.placed.variables)
+    found = {split: evaluation.predictions(predict, dataset.splits[split], plan=trained.plan)
+             for split in ("validation", "test")}
     metrics = {f"{split}/{name}": value for split in found for name, value in evaluation.summarise(found[split])}
+    metrics |= {f"speed/{name}": value for name, value in trained.speed.items()}
     evidence.draw_predictions(run, dataset, found["test"])
     evidence.draw_filters(run, trained)
     claims = []

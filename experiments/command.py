@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -29,7 +30,7 @@ from typing import Any
 from dlcourse.contracts import InputError
 from dlcourse.reporting import files
 from dlcourse.reporting.run import HOW_ONLY, WHERE_ONLY, open_run
-from experiments import checks, parsing
+from experiments import checks, cluster, parsing
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75
 
@@ -42,7 +43,10 @@ def run(main: Callable[[Any, Any], None], Config: type, name: str) -> None:
       Config: a frozen dataclass; its fields, and those of the dataclasses it holds, are the flags.
       name: of the experiment, also of its folder below runs/.
     """
-    sys.exit(status(main, Config, name, sys.argv[1:]))
+    code = status(main, Config, name, sys.argv[1:])
+    if code not in (DONE, STOPPED):
+        cluster.leave(code)
+    sys.exit(code)
 
 
 def status(main, Config, name: str, argv: list[str]) -> int:
@@ -59,6 +63,9 @@ def status(main, Config, name: str, argv: list[str]) -> int:
         mistake = as_mistake(error)
         if mistake:
             return _say(f"error: {mistake}", MISTAKE)
+        if cluster.lost(error):
+            return _say("error: another process of this run is gone; start all of them again: they go on from the last "
+                        f"checkpoint ({str(error).splitlines()[0][:200]})", FAILED)
         traceback.print_exc()
         return FAILED
     finally:
@@ -82,23 +89,27 @@ def _execute(main, Config, name: str, argv: list[str]) -> None:
     values = by_name(config)
     checks.check(values, given)
     _prepare_surroundings(values)
+    if "coordinator" in values:
+        cluster.start(values)
     if values.get("require_accelerator"):
         _require_accelerator()
     workdir = Path(values.get("workdir") or default_workdir(name, config)).expanduser()
     typed = parsing.as_flags({key: given[key] for key in given if key not in WHERE_ONLY})
     missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    with open_run(workdir, name, dataclasses.asdict(config), typed, overwrite=values.get("overwrite", False),
-                  tensorboard=values.get("tensorboard", False)) as opened:
-        if not opened.finished:
+    opening = functools.partial(open_run, workdir, name, dataclasses.asdict(config), typed,
+                                overwrite=values.get("overwrite", False), tensorboard=values.get("tensorboard", False))
+    with cluster.opened(opening, workdir) as run:
+        if not run.finished:
             try:
-                main(config, opened)
+                main(config, run)
             except InputError:
-                _withdraw(workdir, missing)
+                if run.writes:
+                    _withdraw(workdir, missing)
                 raise
-        if opened.finished:
+        if run.writes and run.finished:
             from dlcourse.reporting import terminal
 
-            terminal.summary(opened.finished, opened.path)
+            terminal.summary(run.finished, run.path)
 
 
 def _withdraw(workdir: Path, missing: list[Path]) -> None:
@@ -167,8 +178,8 @@ def _prepare_surroundings(values: dict[str, Any]) -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    for library in ("absl", "orbax"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    for library, least in (("absl", logging.ERROR), ("orbax", logging.ERROR), ("asyncio", logging.CRITICAL)):
+        logging.getLogger(library).setLevel(least)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if values.get("deterministic"):

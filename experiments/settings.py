@@ -52,10 +52,28 @@ class Optimizer:
 class Run:
     train_for: str = setting("40epochs", "how long: 10epochs, 2000steps, 50000examples or 5minutes")
     eval_every: str = setting("1epochs", "how often to evaluate on the validation split")
-    checkpoint_every: str = setting("1epochs", "how often to save")
+    checkpoint_every: str = setting("1epochs", "how often to save: epochs, steps, examples or minutes")
+    keep: int = setting(2, "newest checkpoints to keep, beside the best of those saved when validation was evaluated")
+    profile: str = setting("0steps", "record a profile of this many steps in the run's folder, for TensorBoard")
     seed: int = setting(0, "seed of every random stream")
     workdir: str = setting("", "folder of the run; default runs/EXPERIMENT/DATASET-MODEL-HASH")
     overwrite: bool = setting(False, "delete what is in the run's folder and start anew")
     deterministic: bool = setting(False, "ask the compiler for reproducible kernels on accelerators")
     require_accelerator: bool = setting(False, "refuse to run on a CPU")
     tensorboard: bool = setting(True, "write TensorBoard events")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """How a run is spread; what it computes is the same, but for `batch_stats`."""
+
+    parallel: Literal["jit", "pmap", "shard_map"] = setting(
+        "jit", "one program over all devices, divided by the compiler (jit), or a program a device (shard_map, pmap)")
+    fsdp: int = setting(1, "devices that share one copy of parameters and optimizer state (jit)")
+    batch_stats: Literal["global", "replica"] = setting(
+        "global", "batch normalisation over the whole batch or over each device's share (shard_map, pmap)")
+    steps_per_dispatch: int = setting(0, "updates sent to an accelerator at once; 0 chooses, 1 on a CPU")
+    coordinator: str = setting("", "HOST:PORT of process 0, in a run of several processes that no scheduler announces")
+    num_processes: int = setting(0, "processes of the run; 0 where a scheduler tells (SLURM, TPU VM)")
+    process_id: int = setting(-1, "number of this process, from 0; -1 where a scheduler tells")
+    coordinator_timeout: float = setting(60.0, "seconds to wait for the other processes at the start")

@@ -17,6 +17,9 @@ from jax.custom_derivatives import SymbolicZero
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
+BATCH = "batch"
+"""Name of a mapped axis (`vmap`, `pmap`, `shard_map`) that divides a batch: statistics are then over all its parts."""
+
 
 @functools.cache
 def _shifted_weight_gradient() -> bool:
@@ -147,7 +150,8 @@ class BatchNorm(nn.Module):
     """scale (x - mean) / sqrt(var + 1e-5) + bias, each channel by itself (Ioffe & Szegedy 2015).
 
     Statistics are float32, over the batch and all pixels, the variance as E[x^2] - E[x]^2 so that one
-    pass reads x; scale and shift are folded into x a + c. Running averages have momentum 0.9.
+    pass reads x; scale and shift are folded into x a + c. Running averages have momentum 0.9. Where an axis
+    named BATCH is mapped, "the batch" is all of it, as in synchronised batch normalisation.
 
     Attributes:
       train: normalise by the batch (and update `batch_stats`), or by the running averages.
@@ -182,5 +186,9 @@ class BatchNorm(nn.Module):
 def _moments(x):
     """Mean and variance of each channel."""
     axes = tuple(range(x.ndim - 1))
-    mean = x.mean(axes)
-    return mean, jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0.0)
+    moments = x.mean(axes), jnp.square(x).mean(axes)
+    try:
+        mean, square = lax.pmean(moments, BATCH)
+    except NameError:  # no such axis is mapped: this is the whole batch
+        mean, square = moments
+    return mean, jnp.maximum(square - jnp.square(mean), 0.0)

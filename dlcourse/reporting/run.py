@@ -15,10 +15,11 @@ from typing import Any
 from dlcourse.contracts import Claim, InputError
 from dlcourse.reporting import files
 
-WHERE_ONLY = ("workdir", "overwrite")
-"""Settings that say where a run is written, not what it is: no part of its config."""
+WHERE_ONLY = ("workdir", "overwrite", "coordinator", "num_processes", "process_id", "coordinator_timeout")
+"""Settings that say where a run takes place, not what it is: no part of its config."""
 
-HOW_ONLY = ("tensorboard", "require_accelerator")
+HOW_ONLY = ("tensorboard", "require_accelerator", "parallel", "fsdp", "steps_per_dispatch", "checkpoint_every", "keep",
+            "profile")
 """Settings that may differ when a run is resumed."""
 
 
@@ -32,7 +33,7 @@ class Run:
         self.config = config
         self.flags = list(flags)
         self.figures: list[dict] = []
-        self._writes = writes
+        self.writes = writes
         self._wants_events = tensorboard and writes
         self._events: Any = None
         self._resume_step: int | None = None
@@ -57,7 +58,7 @@ class Run:
           values: quantities by name; scalars of any array library.
           seconds: since the run began.
         """
-        if not self._writes:
+        if not self.writes:
             return
         values = {name: float(value) for name, value in values.items()}
         record = {"step": int(step), "split": split, "values": values, "seconds": round(float(seconds), 3)}
@@ -70,11 +71,16 @@ class Run:
         """All that was logged, in order."""
         return files.read_json_lines(self.path / "metrics.jsonl")
 
-    def truncate_metrics(self, step: int) -> None:
-        """Forgets what was logged beyond `step`, for a run that goes on from a checkpoint at `step`."""
-        if not self._writes:
+    def sync_metrics(self) -> int:
+        """How many lines were logged, all of them safe on disk by now."""
+        with files.in_one_line(self.path):
+            return files.sync_lines(self.path / "metrics.jsonl") if self.writes else 0
+
+    def truncate_metrics(self, lines: int, step: int) -> None:
+        """Forgets what was logged after the first `lines` lines, for a run that goes on from a checkpoint at `step`."""
+        if not self.writes:
             return
-        kept = [record for record in self.metrics() if record["step"] <= step]
+        kept = self.metrics()[:lines]
         with files.in_one_line(self.path):
             files.write_atomically(self.path / "metrics.jsonl", "".join(files.to_json(r) + "\n" for r in kept))
         self._resume_step = step
@@ -93,7 +99,7 @@ class Run:
             raise ValueError(f"{name!r} is no name for a figure")
         entry = {"file": f"figures/{name}.svg", "caption": caption, "alt": alt, "how": how}
         self.figures = [figure for figure in self.figures if figure["file"] != entry["file"]] + [entry]
-        if not self._writes:
+        if not self.writes:
             return
         from dlcourse.reporting import svg
 
@@ -122,7 +128,7 @@ class Run:
             "date": datetime.date.today().isoformat(),
             "config": self.config, "environment": environment, "seconds": seconds, "metrics": metrics,
             "claims": list(claims), "figures": self.figures, "tables": list(tables)})
-        if self._writes:
+        if self.writes:
             with files.in_one_line(self.path):
                 files.write_atomically(self.path / "report.html", report.render(result, self.path))
                 files.write_atomically(self.path / "result.json", files.to_json(result, indent=1) + "\n")

@@ -54,17 +54,17 @@ class Progress:
             progress.update(step, {"loss": …, "accuracy": …})
 
     `total_steps` is None where only a clock ends the run. `done` steps were made in an earlier session; they do not
-    count into the speed and the time left.
+    count into the speed and the time left. `quiet`: nothing is shown, as in all processes of a run but the first.
     """
 
-    def __init__(self, total_steps: int | None, batch_size: int, done: int = 0):
-        self.total, self.batch_size, self.done = total_steps, batch_size, done
+    def __init__(self, total_steps: int | None, batch_size: int, done: int = 0, quiet: bool = False):
+        self.total, self.batch_size, self.done, self.quiet = total_steps, batch_size, done, quiet
         self.console = _console()
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
         self._began = self._said = time.monotonic()
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.quiet:
             from rich import progress as rich_progress
 
             self._bar = rich_progress.Progress(
@@ -79,7 +79,7 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=self._line(step, values, now))
-        elif now - self._said >= EVERY or step == self.total:
+        elif not self.quiet and (now - self._said >= EVERY or step == self.total):
             self._said = now
             print(self._line(step, values, now), flush=True)
 

@@ -13,6 +13,7 @@ from flax import struct
 from dlcourse.contracts import Predict, Split
 from dlcourse.data import batches
 from dlcourse.training.intervals import wilson
+from dlcourse.training.parallel import Plan
 
 
 class Predictions(struct.PyTreeNode):
@@ -59,14 +60,27 @@ def _judge(logits, label):
     return logits.argmax(-1), jnp.exp(log_p.max(-1)), nll
 
 
-def predictions(predict: Predict, split: Split, batch_size: int = 500) -> Predictions:
-    """Every example's prediction, in the split's order."""
-    parts = []
-    for batch in batches.eval_batches(split, batch_size):
-        predicted, confidence, nll = _judge(predict(batch["image"]), batch["label"])
-        columns = (batch["index"], batch["label"], predicted, confidence, nll)
-        parts.append([np.asarray(column)[np.asarray(batch["mask"])] for column in columns])
-    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+def predictions(predict: Predict, split: Split, batch_size: int = 500, plan: Plan | None = None) -> Predictions:
+    """Every example's prediction, in the split's order, in every process.
+
+    Args:
+      predict: images -> logits.
+      split: N examples.
+      batch_size: B, rounded up to what the plan's devices divide.
+      plan: how to divide the work, where `predict` works on arrays that lie on several devices.
+    """
+    parts, size, part = [], batch_size, {}
+    if plan is not None and plan.mesh.size > 1:
+        size = -(-batch_size // plan.mesh.size) * plan.mesh.size
+        part = {"part": plan.part}
+    for batch in batches.eval_batches(split, size, **part):
+        batch = batch if plan is None else plan.place_batch(batch)
+        columns = (batch["mask"], batch["index"], batch["label"], *_judge(predict(batch["image"]), batch["label"]))
+        mask, *columns = columns if plan is None else plan.fetch(columns)
+        parts.append([np.asarray(column)[np.asarray(mask)] for column in columns])
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    order = np.argsort(columns[0], kind="stable")  # several processes each read a share of every batch
+    return Predictions(*(column[order] for column in columns))
 
 
 def calibration_error(found: Predictions, bins: int = 15) -> float:
@@ -99,6 +113,6 @@ def summarise(found: Predictions) -> Iterator[tuple[str, float]]:
                 "nll": float(found.nll.mean()), "ece": calibration_error(found), "n": n}.items()
 
 
-def classification(predict: Predict, split: Split) -> Iterator[tuple[str, float]]:
+def classification(predict: Predict, split: Split, plan: Plan | None = None) -> Iterator[tuple[str, float]]:
     """The Evaluator of classifiers: `summarise` over the predictions on the split."""
-    yield from summarise(predictions(predict, split))
+    yield from summarise(predictions(predict, split, plan=plan))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dlcourse.contracts import Batch, Loss
+from dlcourse.data.batches import in_unit
 from dlcourse.streams import stream
 
 
@@ -56,6 +57,11 @@ def cross_entropy(model, *, label_smoothing: float = 0.0) -> Loss:
         return value, (new_state, {"loss": value, "accuracy": weighted_mean(correct, batch)})
 
     return loss
+
+
+def from_bytes(loss: Loss) -> Loss:
+    """The same loss on batches whose images may be uint8, a quarter to send to a device; see `data.batches`."""
+    return lambda params, model_state, batch, key: loss(params, model_state, in_unit(batch), key)
 
 
 def augmented(loss: Loss, augment: Callable[[jax.Array, Batch], Batch]) -> Loss:

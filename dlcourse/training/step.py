@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,7 +15,8 @@ from dlcourse.training.state import TrainState
 
 
 def train_step(state: TrainState, batch: Batch, *, loss: Loss, tx: optax.GradientTransformation,
-               ema: float = 0.0, accumulate: int = 1) -> tuple[TrainState, dict[str, jax.Array]]:
+               ema: float = 0.0, accumulate: int = 1,
+               average: Callable[[Any], Any] = lambda tree: tree) -> tuple[TrainState, dict[str, jax.Array]]:
     """params <- params + tx(mean gradient of the loss over the batch).
 
     Args:
@@ -22,12 +26,13 @@ def train_step(state: TrainState, batch: Batch, *, loss: Loss, tx: optax.Gradien
       tx: the optimizer whose state is in `state`.
       ema: decay d of the average, ema <- d' ema + (1 - d') params with d' = min(d, (1+t)/(10+t)).
       accumulate: parts of the batch that go through the network one after another.
+      average: of gradients, model state and metrics over replicas, each of which sees a share of the batch.
 
     Returns:
       The state after the update, and the loss's metrics with `grad_norm`.
     """
     key = stream(state.key, "step", state.step)
-    grads, model_state, metrics = _gradient(loss, state, batch, key, accumulate)
+    grads, model_state, metrics = average(_gradient(loss, state, batch, key, accumulate))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.ema
@@ -51,7 +56,8 @@ def _gradient(loss, state, batch, key, parts):
             state.params, model_state, batch, stream(key, "part", index))
         return model_state, (grads, metrics)
 
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), dict(batch))
+    # Every parts-th example: a batch that is divided over devices is then so in each part, and nothing moves.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), dict(batch))
     model_state, stacked = jax.lax.scan(one, state.model_state, (jnp.arange(parts), split))
     grads, metrics = jax.tree.map(lambda x: x.mean(0), stacked)
     return grads, model_state, metrics

@@ -62,11 +62,12 @@ def test_flag_file_repeats_the_run_without_its_place(tmp_path):
 def test_resumed_metrics_have_no_duplicates_and_no_torn_line(tmp_path):
     with open_run(tmp_path / "r") as run:
         for step in (1, 2, 3):
+            assert run.sync_metrics() == step - 1
             run.log(step, "train", {"loss": step}, step)
     with open(tmp_path / "r/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "spl')
     with open_run(tmp_path / "r") as run:
-        run.truncate_metrics(2)
+        run.truncate_metrics(2, step=2)
         run.log(3, "train", {"loss": 30}, 3)
         assert [(r["step"], r["values"]["loss"]) for r in run.metrics()] == [(1, 1), (2, 2), (3, 30)]
     assert len((tmp_path / "r/metrics.jsonl").read_text().splitlines()) == 3
@@ -86,7 +87,7 @@ def test_events_hold_the_scalars_and_hide_what_a_resumed_run_repeats(tmp_path):
     for steps in ((1, 2, 3), (3, 4)):
         with open_run(tmp_path / "r", tensorboard=True) as run:
             if steps[0] > 1:
-                run.truncate_metrics(2)
+                run.truncate_metrics(2, step=2)
             for step in steps:
                 run.log(step, "train", {"loss": step / 2}, step)
     events = [event for file in sorted((tmp_path / "r/tensorboard").iterdir()) for event in read_events(file)]
@@ -229,7 +230,7 @@ def test_what_a_killed_run_left_is_swept(tmp_path):
 def test_processes_that_do_not_write_leave_the_disk_alone(tmp_path):
     with open_run(tmp_path / "r", writes=False, tensorboard=True) as run:
         run.log(1, "train", {"loss": 1}, 1)
-        run.truncate_metrics(0)
+        run.truncate_metrics(0, step=0)
         assert run.finish({"test/accuracy": 1}, [], {"total": 1.0}, ENVIRONMENT)["metrics"] == {"test/accuracy": 1}
     assert list(tmp_path.iterdir()) == []
 
