@@ -178,8 +178,8 @@ def _prepare_surroundings(values: dict[str, Any]) -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    for library, least in (("absl", logging.ERROR), ("orbax", logging.ERROR), ("asyncio", logging.CRITICAL)):
-        logging.getLogger(library).setLevel(least)
+    for library in ("absl", "orbax", "asyncio"):  # what they say of an error is said once, by us
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if values.get("deterministic"):

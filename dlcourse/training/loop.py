@@ -47,7 +47,7 @@ def fit(
     save: Every | None = None,
     at_once: int = 1,
     stopped: Callable[[], bool] = lambda: False,
-    agree: Callable[..., tuple[bool, ...]] = lambda *asked, wait=False: asked,
+    agree: Callable[..., tuple[bool, bool, bool]] = lambda *asked, wait=False: asked,
     owed: bool = False,
 ) -> TrainState:
     """Apply `train_step` until `steps` updates or `seconds` of wall clock have passed.
@@ -69,7 +69,8 @@ def fit(
       save: when and how to save.
       at_once: batches that go into one dispatch, where nothing is due among them.
       stopped: whether this process was asked to stop.
-      agree: makes what this process asks for (a stop, an end, a save) what all processes do.
+      agree: (stop, end, save) that this process asks for -> those that all processes do; it may answer later, since
+        who asks goes on asking.
       owed: begin with the evaluation that a stop kept `state` from.
 
     Returns:
@@ -83,7 +84,7 @@ def fit(
     first, clock = step, _Clock(seconds, save and save.seconds)
 
     def check():
-        if agree(stopped())[0]:
+        if agree(stopped(), False, False)[0]:
             raise Interrupted
 
     def settle():
@@ -119,7 +120,7 @@ def fit(
         settle()
         if evaluate and step > first:
             evaluate.call(step, state, check)
-        stop = agree(stopped(), wait=True)[0]
+        stop = agree(stopped(), False, False, wait=True)[0]
     except Interrupted:
         settle()
         stop = True

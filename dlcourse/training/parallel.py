@@ -189,7 +189,9 @@ class Step:
         key = len(batches), tuple(sorted(shapes.items())), jax.tree.structure(state)
         if key not in self._programs:
             _warn_of_new_shapes([dict(known) for _, known, _ in self._programs], shapes)
-            self._programs[key] = self.jitted(state).lower(state, batches).compile()
+            program = self.jitted(state)
+            # pmap cannot be compiled ahead for several processes; it compiles at its first call.
+            self._programs[key] = program if self.plan.mode == "pmap" else program.lower(state, batches).compile()
         return self._programs[key]
 
     def jitted(self, state: TrainState):
