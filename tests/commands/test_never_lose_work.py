@@ -3,11 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from commands import ROOT, experiment, surroundings
 
@@ -26,12 +26,15 @@ def killing(tmp_path, *words):
     return json.loads(done.stdout)
 
 
+def saved_steps(run):
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
 def arrays(run):
-    """Digests of everything in the newest checkpoint."""
-    newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    content = json.loads((newest / "notes" / "metadata").read_text())
-    notes = checkpoint._unsealed(content)
-    return int(newest.name), notes["digest"]
+    """The newest checkpoint's step and digests of all its arrays."""
+    newest = saved_steps(run)[-1]
+    notes = json.loads((run / "checkpoints" / str(newest) / "notes" / "metadata").read_text())
+    return newest, checkpoint._unsealed(notes)["digest"]
 
 
 def lines(run):
@@ -93,19 +96,17 @@ def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_when_there_is_room(un
         words = ("classification", *FLAGS, f"--workdir={disk}/run")
         full = experiment(tmp_path, *words)
         assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
-        assert "no space left" in full.stderr.lower() and str(disk) in full.stderr or "--workdir" in full.stderr
-        before = arrays(disk / "run")[0] if any((disk / "run/checkpoints").iterdir()) else 0
+        assert "no space left" in full.stderr and "--workdir" in full.stderr
+        before = saved_steps(disk / "run")
         subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
         assert experiment(tmp_path, *words).returncode == 0
         assert_same(untouched, disk / "run")
-        assert before < 150
+        assert 0 < before[-1] < 150
 
 
 def test_a_damaged_newest_checkpoint_costs_no_more_than_the_way_from_the_one_before(untouched, tmp_path):
     words = ("classification", *FLAGS, "--workdir=run")
-    ended = killing(tmp_path, "3", "1", *FLAGS, "--workdir=run", "--train_for=150steps")
-    assert ended[-1][2] == 0
-    run = tmp_path / "run"
+    run = shutil.copytree(untouched, tmp_path / "run")
     (run / "result.json").unlink()
     newest = run / "checkpoints" / "150"
     for file in (newest / "state").rglob("*"):
@@ -114,4 +115,4 @@ def test_a_damaged_newest_checkpoint_costs_no_more_than_the_way_from_the_one_bef
     again = experiment(tmp_path, *words)
     assert again.returncode == 0 and "step 150 is damaged" in again.stderr
     assert_same(untouched, run)
-    assert np.array(sorted(int(path.name) for path in (run / "damaged_checkpoints").iterdir())).tolist() == [150]
+    assert [path.name for path in (run / "damaged_checkpoints").iterdir()] == ["150"]
