@@ -14,7 +14,7 @@ import numpy as np
 
 from dlcourse import models
 from dlcourse.contracts import Claim, Evidence
-from dlcourse.data import batches
+from dlcourse.data import batches, order
 from dlcourse.interpretation import receptive_field
 from dlcourse.reporting import figures, pictures
 from dlcourse.training import evaluation, intervals, losses, optimizers
@@ -131,7 +131,7 @@ def trend(right: np.ndarray) -> np.ndarray:
 def read_taps(config, model, variables, dataset) -> dict[str, np.ndarray]:
     """For every tap, in order, whether a linear probe of it is right on each test image."""
     train_split = dataset.splits["train"]
-    chosen = batches.permutation(len(train_split), config.run.seed, 0)[: config.analysis.probe_examples]
+    chosen = order.permutation(len(train_split), config.run.seed, 0)[: config.analysis.probe_examples]
     parts = {**dataset.splits, "train": train_split.take(np.sort(chosen))}
     taps = spaced(receptive_field.theoretical(model, dataset.image_shape))
     features, labels = {}, {}
