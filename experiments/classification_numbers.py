@@ -81,7 +81,7 @@ def hundred_numbers(config, run, dataset, model, trained, test, metrics) -> list
 
 def learner(config, dataset, model, steps: int):
     """(images, labels, chosen, seed) -> the last features of all images, learned from the images `chosen` alone."""
-    tx = train.make_optimizer(config.optimizer, steps, lambda warmup: 0)
+    _, tx = train.make_optimizer(config.optimizer, steps, lambda warmup: 0)
     loss = train.classifier_loss(model, config, dataset)
     wanted = config.optimizer
     fitted = train.fitter(model, dataset.image_shape, loss, tx, ema=wanted.ema, accumulate=wanted.accumulate)
