@@ -57,6 +57,8 @@ class Ahead(Iterator[dict[str, np.ndarray]]):
             for step in itertools.islice(self._steps, 1):
                 self._begin(step)
         except BaseException:
+            self._steps = iter(())
+            self._waiting.clear()
             self._close()
             raise
         return {"image": images, **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}}

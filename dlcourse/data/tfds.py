@@ -170,18 +170,22 @@ def image_shape(name: str, features: Any, image_size: int) -> tuple[int, int, in
 
 def read(builder: Any, split: str, shape: tuple[int, int, int], image_size: int) -> arrays.ArraySplit | TfdsSplit:
     """One split, in memory where it fits."""
+    found = lazy(builder, split, shape, image_size)
+    if len(found) * np.prod(shape, dtype=np.int64) > IN_MEMORY:
+        return found
+    images = np.empty((len(found), *shape), np.uint8)
+    found.fill(np.arange(len(found)), images)
+    return arrays.ArraySplit(images, found.labels)
+
+
+def lazy(builder: Any, split: str, shape: tuple[int, int, int], image_size: int) -> TfdsSplit:
+    """One split, decoded as it is read."""
     import tensorflow_datasets
 
-    source, feature = builder.as_data_source(split), builder.info.features["image"]
+    feature, labels = builder.info.features["image"], labels_of(builder, split)
     encoded = isinstance(feature, tensorflow_datasets.features.Image) and feature.np_dtype == np.uint8
-    labels = labels_of(builder, split)
-    where = f"tfds:{builder.info.full_name}, {split}"
-    lazy = TfdsSplit(where, source, encoded, np.arange(len(labels)), labels, shape, image_size)
-    if len(labels) * np.prod(shape, dtype=np.int64) > IN_MEMORY:
-        return lazy
-    images = np.empty((len(labels), *shape), np.uint8)
-    lazy.fill(np.arange(len(labels)), images)
-    return arrays.ArraySplit(images, labels)
+    return TfdsSplit(f"tfds:{builder.info.full_name}, {split}", builder.as_data_source(split), encoded,
+                     np.arange(len(labels)), labels, shape, image_size)
 
 
 def labels_of(builder: Any, split: str) -> np.ndarray:
