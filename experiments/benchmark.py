@@ -1,4 +1,4 @@
-"""Speed, side by side: the same step here and in PyTorch, the input pipeline, start-up, compilations.
+"""Speed, side by side: the same step here and in PyTorch, start-up, compilations.
 
 Lecture: uniform parallel operations on dense vectors are faster (L16); open-source frameworks (L17).
 Everything compared is run in one process, in turns, and reported as a ratio of medians (ours / theirs): machines are
@@ -47,7 +47,7 @@ def main(config: Config, run) -> None:
     for peer in peers():
         for part in ("forward", "backward", "step"):
             metrics[f"{peer}/{part}_ratio"] = median(times[f"ours/{part}"]) / median(times[f"{peer}/{part}"])
-    metrics |= input_pipeline(config) | start_up(10) | compilations(config)
+    metrics |= start_up(10) | compilations(config)
     run.finish(
         metrics,
         [*framework_claims(times), batch_claim(times, config.batch_size)],
@@ -222,53 +222,6 @@ def ratio_interval(ratios) -> tuple[float, float]:
     ordered, n = np.sort(ratios), len(ratios)
     k = max(int(binom.ppf(0.025, n, 0.5)), 1)
     return float(ordered[k - 1]), float(ordered[n - k])
-
-
-def input_pipeline(config: Config) -> dict[str, float]:
-    """Images a second: arrays in memory, and a folder of JPEG files against pillow's own decoding in one thread."""
-    import numpy as np
-    from PIL import Image
-
-    from dlcourse import data
-    from dlcourse.data import batches
-    from dlcourse.data.arrays import ArraySplit
-
-    rng = np.random.default_rng(0)
-    arrays = ArraySplit(rng.integers(0, 256, (20_000, 28, 28, 1), np.uint8), np.zeros(20_000, np.int32))
-    with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for i in range(240):
-            path = Path(folder, f"class{i % 2}", f"{i}.jpg")
-            path.parent.mkdir(exist_ok=True)
-            smooth = Image.fromarray(rng.integers(0, 256, (14, 14, 3), np.uint8)).resize(
-                (224, 224), Image.Resampling.BICUBIC
-            )
-            smooth.save(path, quality=90)
-            paths.append(path)
-        split = data.load(f"folder:{folder}").splits["train"]
-        sources = {
-            "arrays": (batches.train_batches(arrays, 128, seed=0), 100, 128),
-            "jpeg_folder": (batches.train_batches(split, 16, seed=0), 4, 16),
-        }
-
-        def drain(name):
-            feed, count, size = sources[name]
-            began = time.perf_counter()
-            for _ in range(count):
-                next(feed)
-            return {name: (time.perf_counter() - began) / (count * size)}
-
-        def pillow():
-            began = time.perf_counter()
-            for path in paths[:64]:
-                np.asarray(Image.open(path), np.float32) / 255
-            return {"pillow": (time.perf_counter() - began) / 64}
-
-        times = interleave(
-            config.repeats, {**{name: functools.partial(drain, name) for name in sources}, "pillow": pillow}
-        )
-    rates = {f"input/{name}_images_per_second": 1 / median(seconds) for name, seconds in times.items()}
-    return rates | {"input/jpeg_folder_over_pillow_ratio": median(times["pillow"]) / median(times["jpeg_folder"])}
 
 
 def start_up(repeats: int) -> dict[str, float]:

@@ -59,7 +59,7 @@ LECTURE = (
          "Images, speech and text are all made of parts that are made of parts."),
     Said("L14", "How it revived", "Until 2006 deep training failed; pre-training without labels, better estimation and "
          "regularisation mended it."),
-    Said("L15", "How it revived", "There came to be many data.", ("transfer",)),
+    Said("L15", "How it revived", "There came to be many data.", ("input_pipeline", "transfer")),
     Said("L16", "How it revived", "Uniform parallel operations on dense vectors are fast.", ("benchmark",)),
     Said("L17", "Tools", "Frameworks that anyone can use are free.", ("benchmark", "transfer")),
     Said("L18", "Limit 1", "Many clean data are needed: where they exist it works, elsewhere it does not.",
@@ -87,6 +87,7 @@ COMMANDS = (
     ("classification",),
     ("classification", "--flagfile=experiments/presets/faces.flags"),
     ("benchmark",),
+    ("input_pipeline",),
 )
 """Experiment and flags of each run; a flag file's path is relative to the folder that holds `experiments/`."""
 

@@ -16,7 +16,7 @@ def test_the_benchmark_reports_ratios_and_recompiles_nothing(tmp_path, monkeypat
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     metrics = result["metrics"]
     assert metrics["compile/first_step"] > 0 and metrics["compile/later_steps"] == 0
-    assert metrics["ours/step_ms"] > 0 and metrics["input/jpeg_folder_images_per_second"] > 0
+    assert metrics["ours/step_ms"] > 0
     ids = {claim["id"] for claim in result["claims"]}
     assert "L16.batch" in ids and ("L17.torch" in ids) == bool(benchmark.peers())
     for peer in benchmark.peers():
