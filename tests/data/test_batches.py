@@ -77,10 +77,9 @@ def test_starting_at_a_step_is_having_been_there():
         same(one, other)
 
 
-def test_folders_obey_the_same_law_through_grain(folder):
+def test_folders_obey_the_same_law_in_threads(folder):
     twin = ArraySplit(np.zeros((23, 4, 5, 1), np.uint8), folder.labels)
-    through_grain = first(folder, 6, 9, seed=4, start=2)
-    for batch, law in zip(through_grain, first(twin, 6, 9, seed=4, start=2), strict=True):
+    for batch, law in zip(first(folder, 6, 9, seed=4, start=2), first(twin, 6, 9, seed=4, start=2), strict=True):
         np.testing.assert_array_equal(batch["index"], law["index"])
         np.testing.assert_array_equal(batch["label"], law["label"])
         level = np.where(batch["label"] == 1, 100 + batch["index"] - 10, batch["index"])
@@ -104,6 +103,81 @@ def test_evaluation_meets_every_example_once(n, batch_size):
         assert {len(values) for values in batch.values()} == {batch_size}
         seen += batch["index"][batch["mask"]].tolist()
     assert seen == list(range(n))
+
+
+def joined(parts):
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["arrays", "threads"])
+def test_processes_read_together_what_one_would(folder, kind, processes):
+    split, batch_size = {"arrays": numbered(23), "threads": folder}[kind], 12
+    parts = [first(split, batch_size, 6, seed=1, start=3, part=(i, processes)) for i in range(processes)]
+    for whole, *shares in zip(first(split, batch_size, 6, seed=1, start=3), *parts, strict=True):
+        assert {len(share["index"]) for share in shares} == {batch_size // processes}
+        same(joined(shares), whole)
+
+
+@pytest.mark.parametrize(("n", "batch_size", "processes"), [(23, 12, 2), (23, 12, 4), (23, 24, 3), (23, 4, 4), (5, 8, 4)])
+@pytest.mark.parametrize("kind", ["arrays", "threads"])
+def test_processes_evaluate_every_example_once(folder, kind, n, batch_size, processes):
+    split = {"arrays": numbered(23), "threads": folder}[kind].take(np.arange(n))
+    parts = [list(batches.eval_batches(split, batch_size, part=(i, processes))) for i in range(processes)]
+    seen = np.concatenate([batch["index"][batch["mask"]] for part in parts for batch in part])
+    np.testing.assert_array_equal(np.sort(seen), np.arange(n))
+    for whole, *shares in zip(batches.eval_batches(split, batch_size), *parts, strict=True):
+        same(joined(shares), whole)
+    if n == 5:
+        assert not parts[3][0]["mask"].any()
+
+
+def test_a_batch_that_cannot_be_shared_names_the_sizes_that_can():
+    for make in (lambda size, **how: batches.train_batches(numbered(9), size, seed=0, **how),
+                 lambda size, **how: batches.eval_batches(numbered(9), size, **how)):
+        with pytest.raises(InputError, match="--batch_size=10: 4 processes cannot share that evenly; give 8 or 12"):
+            make(10, part=(0, 4))
+        with pytest.raises(InputError, match="give 4$"):
+            make(3, part=(1, 4))
+        with pytest.raises(ValueError, match="0 <= i < n"):
+            make(4, part=(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["arrays", "large arrays", "threads", "device"])
+def test_bytes_become_pixels_in_the_step(folder, kind, monkeypatch):
+    if kind == "large arrays":
+        monkeypatch.setattr(batches, "AHEAD", 0)
+    if kind == "device":
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    split = folder if kind == "threads" else numbered(23)
+    floats, stored = (first(split, 6, 5, seed=2, as_bytes=as_bytes) for as_bytes in (False, True))
+    evaluated = zip(*(batches.eval_batches(split, 6, as_bytes=as_bytes) for as_bytes in (False, True)), strict=True)
+    for one, other in [*zip(floats, stored, strict=True), *evaluated]:
+        assert one["image"].dtype == np.float32
+        assert other["image"].dtype == np.uint8 or isinstance(other["image"], jax.Array)
+        pixels = jax.jit(batches.in_unit)(other)
+        np.testing.assert_allclose(pixels["image"], one["image"], rtol=1e-6)
+        same({**other, "image": 0}, {**one, "image": 0})
+    assert batches.in_unit(floats[0])["image"] is floats[0]["image"]
+
+
+@pytest.mark.parametrize("axis", ["batch", "batch of two axes"])
+def test_images_are_gathered_straight_into_the_shards_of_a_batch(axis):
+    split = numbered(20)
+    devices = np.array(jax.devices()[:4])
+    if axis == "batch":
+        mesh, spec = jax.sharding.Mesh(devices, ("data",)), jax.sharding.PartitionSpec("data")
+    else:
+        mesh = jax.sharding.Mesh(devices.reshape(2, 2), ("data", "model"))
+        spec = jax.sharding.PartitionSpec("data")
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    read = batches.device_reader(split, sharding)
+    indices = np.array([3, 19, 0, 3, 7, 8, 1, 2], np.int32)
+    image = read(indices)["image"]
+    assert image.sharding.is_equivalent_to(sharding, 4)
+    np.testing.assert_allclose(image, split[indices]["image"], rtol=1e-6)
+    for shard in image.addressable_shards:
+        np.testing.assert_array_equal(shard.data, np.asarray(image)[shard.index])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
