@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dlcourse.contracts import Dataset, InputError
-from dlcourse.data import arrays
+from dlcourse.data import arrays, tfds_labels
 from dlcourse.data.decoding import decode, reading
 
 IN_MEMORY = 2**28
@@ -58,13 +58,15 @@ class TfdsSplit:
     def fill(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Decodes the images of `indices` (B,) into `out` (B,H,W,C) uint8."""
         for row, to in zip(self.rows[indices], out, strict=True):
-            with reading(f"{self.where}, record {row}"):
-                to[...] = self.image(int(row))
+            where = f"{self.where}, record {row}"
+            with reading(where):
+                to[...] = self.image(int(row), where)
 
-    def image(self, row: int) -> np.ndarray:
+    def image(self, row: int, where: str) -> np.ndarray:
         """The image of one record, (H,W,C) uint8."""
         if self.encoded:
-            return decode(io.BytesIO(encoded_image(self.source.data_source[row])), self.image_shape[2], self.image_size)
+            file = io.BytesIO(encoded_image(self.source.data_source[row]))
+            return decode(file, self.image_shape[2], self.image_size, where)
         image = np.asarray(self.source[row]["image"])
         return arrays.resized(image[None], self.image_size)[0] if self.image_size else image
 
@@ -114,7 +116,9 @@ def load(name: str, image_size: int) -> Dataset:
         raise InputError(f"tfds:{name}: has no split called train but {', '.join(builder.info.splits)}; choose another")
     try:
         splits = {split: read(builder, split, (height, width, channels), image_size) for split in names}
-    except Exception as error:  # array_record, protobuf and PIL raise what they like
+    except InputError:
+        raise
+    except Exception as error:  # array_record and protobuf raise what they like
         raise InputError(f"tfds:{name}: {builder.data_path} cannot be read ({one_line(error)}); "
                          "delete that folder and prepare it again") from error
     if "test" in splits and (splits["test"].labels < 0).any():
@@ -160,6 +164,9 @@ def image_shape(name: str, features: Any, image_size: int) -> tuple[int, int, in
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
         raise InputError(f"tfds:{name}: has the features {', '.join(features)}; an image classification has "
                          "`image` and `label`: choose another")
+    if features["image"].np_dtype != np.uint8:
+        raise InputError(f"tfds:{name}: its images are of type {np.dtype(features['image'].np_dtype)}, and only bytes "
+                         "are read: choose another, or convert it to npz:PATH")
     height, width, channels = features["image"].shape
     if image_size:
         return image_size, image_size, channels
@@ -182,19 +189,10 @@ def lazy(builder: Any, split: str, shape: tuple[int, int, int], image_size: int)
     """One split, decoded as it is read."""
     import tensorflow_datasets
 
-    feature, labels = builder.info.features["image"], labels_of(builder, split)
-    encoded = isinstance(feature, tensorflow_datasets.features.Image) and feature.np_dtype == np.uint8
-    return TfdsSplit(f"tfds:{builder.info.full_name}, {split}", builder.as_data_source(split), encoded,
-                     np.arange(len(labels)), labels, shape, image_size)
-
-
-def labels_of(builder: Any, split: str) -> np.ndarray:
-    """(N,) int32, read without decoding images."""
-    import tensorflow_datasets
-
-    skip = {"image": tensorflow_datasets.decode.SkipDecoding()}
-    undecoded = builder.as_data_source(split, decoders=skip)
-    return np.array([undecoded[i]["label"] for i in range(len(undecoded))], np.int32)
+    source, where = builder.as_data_source(split), f"tfds:{builder.info.full_name}, {split}"
+    encoded = isinstance(builder.info.features["image"], tensorflow_datasets.features.Image)
+    labels = tfds_labels.load(source.data_source, builder.info.splits[split].filepaths)
+    return TfdsSplit(where, source, encoded, np.arange(len(labels)), labels, shape, image_size)
 
 
 def one_line(error: BaseException) -> str:

@@ -119,7 +119,8 @@ def test_processes_read_together_what_one_would(folder, kind, processes):
         same(joined(shares), whole)
 
 
-@pytest.mark.parametrize(("n", "batch_size", "processes"), [(23, 12, 2), (23, 12, 4), (23, 24, 3), (23, 4, 4), (5, 8, 4)])
+@pytest.mark.parametrize(("n", "batch_size", "processes"),
+                         [(23, 12, 2), (23, 12, 4), (23, 24, 3), (23, 4, 4), (5, 8, 4)])
 @pytest.mark.parametrize("kind", ["arrays", "threads"])
 def test_processes_evaluate_every_example_once(folder, kind, n, batch_size, processes):
     split = {"arrays": numbered(23), "threads": folder}[kind].take(np.arange(n))

@@ -1,8 +1,6 @@
 """Every data set keeps the contract; each source reads what it should."""
 
 import gzip
-import io
-import os
 import pathlib
 import struct
 import subprocess
@@ -13,7 +11,7 @@ import PIL.Image
 import pytest
 
 from dlcourse import data
-from dlcourse.data import arrays, fashion, folder, shapes, splits, tfds
+from dlcourse.data import arrays, fashion, folder, shapes, splits
 
 NEEDS_FASHION = pytest.mark.skipif(not fashion.DEBIAN.is_dir(), reason="no dataset-fashion-mnist from Debian here")
 
@@ -205,48 +203,3 @@ def test_idx_files_gzipped_or_not(tmp_path):
     (tmp_path / "zipped.gz").write_bytes(gzip.compress(idx(array)))
     np.testing.assert_array_equal(fashion.read_idx(tmp_path / "plain", 3), array)
     np.testing.assert_array_equal(fashion.read_idx(tmp_path / "zipped.gz", 3), array)
-
-
-@pytest.mark.slow
-def test_tfds_without_tensorflow(tmp_path, monkeypatch):
-    import tensorflow_datasets
-
-    class Levels(tensorflow_datasets.core.GeneratorBasedBuilder):
-        VERSION = tensorflow_datasets.core.Version("1.0.0")
-
-        def _info(self):
-            features = {"image": tensorflow_datasets.features.Image(shape=(4, 4, 3)),
-                        "label": tensorflow_datasets.features.ClassLabel(names=["even", "odd"])}
-            return tensorflow_datasets.core.DatasetInfo(
-                builder=self, features=tensorflow_datasets.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(20), "validation": self._generate_examples(6)}
-
-        def _generate_examples(self, count):
-            for i in range(count):
-                file = io.BytesIO()
-                PIL.Image.new("RGB", (4, 4), (10 * i, 0, 0)).save(file, "png")
-                file.seek(0)
-                yield i, {"image": file, "label": i % 2}
-
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    Levels(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
-    assert tfds.is_prepared("levels") and not tfds.is_prepared("fashion_mnist")
-    loaded = [data.load("tfds:levels")]
-    monkeypatch.setattr(tfds, "IN_MEMORY", 0)
-    loaded += [data.load("tfds:levels"), data.load("tfds:levels", image_size=8)]
-    for dataset in loaded:
-        assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 18, "validation": 2, "test": 6}
-        for split in dataset.splits.values():
-            batch = split[np.arange(len(split))]
-            number = np.rint(batch["image"][:, 0, 0, 0] * 25.5).astype(int)
-            np.testing.assert_array_equal(number % 2, batch["label"])
-    assert isinstance(loaded[0].splits["train"], arrays.ArraySplit) and loaded[1].splits["train"].decodes
-    np.testing.assert_array_equal(loaded[0].splits["test"][np.arange(6)]["image"],
-                                  loaded[1].splits["test"][np.arange(6)]["image"])
-    assert "tensorflow" not in sys.modules
-    record = next(path for path in (tmp_path / "levels").rglob("*train.array_record*"))
-    record.write_bytes(record.read_bytes()[:os.path.getsize(record) // 2])
-    with pytest.raises(data.InputError, match="cannot be read"):
-        data.load("tfds:levels")
