@@ -17,6 +17,8 @@ from dlcourse.data.decoding import decode, header
 LEVELS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 CHECKED = 4000
 """Every file's header is read when a folder is loaded; this many files, evenly spread, are also decoded to the end."""
+GROUP = 256
+"""Files whose headers a thread reads at a time: a task for each of a million files would fill the memory."""
 LITTER = {"thumbs.db", "desktop.ini"}
 GREY = {"1", "L", "LA", "I;16"}
 
@@ -153,7 +155,8 @@ def inspect(path: str, files: Sequence[pathlib.Path], image_size: int) -> tuple[
       Channels (1 or 3) and (height, width) of the images to come.
     """
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        headers = list(pool.map(header, files))
+        groups = [files[low:low + GROUP] for low in range(0, len(files), GROUP)]
+        headers = [each for group in pool.map(lambda group: [header(file) for file in group], groups) for each in group]
         list(pool.map(lambda file: decode(file, 3, 0), files[::-(-len(files) // CHECKED)]))
     channels = 1 if all(mode in GREY for mode, _ in headers) else 3
     sizes = {size: file for file, (_, size) in reversed(list(zip(files, headers, strict=True)))}
