@@ -89,7 +89,7 @@ def drain(name: str, split, config: Config, as_bytes: bool = True) -> dict[str, 
 
 def batches_a_round(config: Config) -> int:
     """Some 128 images: rounds are short, so that the machine's moods strike all that is compared."""
-    return max(2, 128 // config.batch_size)
+    return min(8, max(2, 128 // config.batch_size))
 
 
 def settle() -> None:

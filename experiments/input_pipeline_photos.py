@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -63,5 +64,6 @@ def prepare_records(folder: Path, paths: list[Path]):
 
     tensorflow_datasets.disable_progress_bar()
     builder = Photos(data_dir=str(folder))
-    builder.download_and_prepare(file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download
+        builder.download_and_prepare(file_format="array_record")
     return builder
