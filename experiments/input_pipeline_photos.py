@@ -32,10 +32,10 @@ def write_folder(folder: Path, count: int) -> list[Path]:
         height = width * HEIGHT / WIDTH
         left, upper = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - height)
         part = photo.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, (left, upper, left + width, upper + height))
-        grainy = np.asarray(part) + rng.normal(0, 12, (HEIGHT, WIDTH, 1))
+        grainy = np.asarray(part) + rng.normal(0, 15, (HEIGHT, WIDTH, 1))
         path = folder / f"class{i % CLASSES}" / f"{i:05}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.rint(grainy).clip(0, 255).astype(np.uint8)).save(path, quality=92)
+        Image.fromarray(np.rint(grainy).clip(0, 255).astype(np.uint8)).save(path, quality=93)
         paths.append(path)
     return paths
 
