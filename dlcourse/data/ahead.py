@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import itertools
 import os
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 
@@ -17,11 +18,10 @@ import numpy as np
 
 from dlcourse.data.order import Order
 
-MOST_ROWS = 16
-"""In one task: enough that handing it over costs nothing, few enough that nobody waits long for a last one."""
+ROWS = 2**19
+"""Bytes of stored images that a thread takes at a time: they stay in its processor's cache, and nobody waits long for
+the last ones."""
 MOST_THREADS = 32
-BUFFER = 2**18
-"""Bytes."""
 
 
 class Ahead(Iterator[dict[str, np.ndarray]]):
@@ -38,15 +38,17 @@ class Ahead(Iterator[dict[str, np.ndarray]]):
     """
 
     def __init__(self, split, order: Order, steps: Iterable[int], as_bytes: bool):
-        threads = min(cores(), MOST_THREADS)
-        rows = max(1, min(MOST_ROWS, order.share // (2 * threads)))
+        self._threads = min(cores(), MOST_THREADS)
+        rows = max(1, min(ROWS // (int(np.prod(split.image_shape)) * split.dtype.itemsize),
+                          order.share // (2 * self._threads)))
         self._split, self._order, self._steps = split, order, iter(steps)
         self._spans = [slice(low, min(low + rows, order.share)) for low in range(0, order.share, rows)]
-        self._depth = max(2, -(-2 * threads // len(self._spans)))  # batches; enough tasks for every thread
+        self._depth = max(2, -(-2 * self._threads // len(self._spans)))  # batches; enough rows for every thread
         self._dtype = split.dtype if as_bytes else np.dtype(np.float32)
         self._waiting: collections.deque = collections.deque()
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "dlcourse-data")
-        self._close = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "dlcourse-data")
+        self._stopped = threading.Event()
+        self._close = weakref.finalize(self, stop, self._stopped, self._pool)
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
@@ -55,44 +57,60 @@ class Ahead(Iterator[dict[str, np.ndarray]]):
             if not self._waiting:
                 raise StopIteration
             images, tasks = self._waiting.popleft()
-            parts = [task.result() for task in tasks]
-            for step in itertools.islice(self._steps, 1):
+            for step in itertools.islice(self._steps, 1):  # before waiting: threads shall not run out of work
                 self._begin(step)
+            found = sorted((part for task in tasks for part in task.result()), key=lambda part: part[0])
         except BaseException:
             self._steps = iter(())
             self._waiting.clear()
             self._close()
             raise
+        parts = [part for _, part in found]
         return {"image": images, **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}}
 
     def _begin(self, step: int) -> None:
         # A new array each time: JAX may go on reading one, or even keep it, after the step was started.
         images = np.empty((self._order.share, *self._split.image_shape), self._dtype)
-        self._waiting.append((images, [self._pool.submit(fill, self._split, self._order, step, images, span)
-                                       for span in self._spans]))
+        spans, threads = Shared(self._spans, self._stopped), min(self._threads, len(self._spans))
+        self._waiting.append((images, [self._pool.submit(fill, self._split, self._order, step, images, spans)
+                                       for _ in range(threads)]))
 
 
-def fill(split, order: Order, step: int, images: np.ndarray, span: slice) -> dict[str, np.ndarray]:
-    """Writes some rows of a batch's images and returns the same rows of all else."""
-    index, mask = order.rows(step, span.start, span.stop)
-    real = max(1, int(mask.sum()))  # the others repeat the last of these
-    out = images[span]
-    if out.dtype == split.dtype:
-        split.fill(index[:real], out[:real])
-    else:
-        fill_float(split, index[:real], out[:real])
-    out[real:] = out[real - 1]
-    return {**split.facts(index), "mask": mask, "index": index}
+def stop(stopped: threading.Event, pool: concurrent.futures.Executor) -> None:
+    """Ends a pool's threads once they have read the rows that they are at."""
+    stopped.set()
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
-def fill_float(split, index: np.ndarray, out: np.ndarray) -> None:
-    """`split.fill` of bytes into floats in [0,1], by way of a buffer that stays in the processor's cache."""
-    rows = max(1, BUFFER // out[0].size)
-    buffer = np.empty((rows, *out.shape[1:]), split.dtype)
-    for low in range(0, len(index), rows):
-        some = out[low:low + rows]
-        split.fill(index[low:low + rows], buffer[:len(some)])
-        np.divide(buffer[:len(some)], np.float32(255), out=some)
+class Shared(Iterator):
+    """An iterator from which several threads may take until they are stopped."""
+
+    def __init__(self, items: Iterable, stopped: threading.Event):
+        self._items, self._lock, self._stopped = iter(items), threading.Lock(), stopped
+
+    def __next__(self):
+        with self._lock:
+            if self._stopped.is_set():
+                raise StopIteration
+            return next(self._items)
+
+
+def fill(split, order: Order, step: int, images: np.ndarray, spans: Iterable[slice]) -> list[tuple[int, dict]]:
+    """Writes rows of a batch's images as long as there are any, and returns (first row, all else in these rows)."""
+    parts, buffer = [], None
+    for span in spans:
+        index, mask = order.rows(step, span.start, span.stop)
+        real = max(1, int(mask.sum()))  # the others repeat the last of these
+        out = images[span]
+        if out.dtype == split.dtype:
+            split.fill(index[:real], out[:real])
+        else:
+            buffer = np.empty(out.shape, split.dtype) if buffer is None else buffer
+            split.fill(index[:real], buffer[:real])
+            np.divide(buffer[:real], np.float32(255), out=out[:real])
+        out[real:] = out[real - 1]
+        parts.append((span.start, {**split.facts(index), "mask": mask, "index": index}))
+    return parts
 
 
 def cores() -> int:

@@ -20,7 +20,8 @@ def test_large_batches_of_arrays_are_made_ahead_and_are_the_same(monkeypatch, dt
     how = {"seed": 5, "start": 1, "as_bytes": as_bytes}
     plain, evaluated = first(numbered(40, dtype), 16, 6, **how), list(batches.eval_batches(numbered(40, dtype), 16))
     monkeypatch.setattr(batches, "AHEAD", 0)
-    monkeypatch.setattr(ahead, "BUFFER", 20)  # bytes: a few examples at a time
+    monkeypatch.setattr(ahead, "cores", lambda: 3)
+    monkeypatch.setattr(ahead, "ROWS", 18)  # bytes: a few examples at a time
     assert isinstance(batches.train_batches(numbered(40), 16, seed=0), ahead.Ahead)
     for one, other in [*zip(plain, first(numbered(40, dtype), 16, 6, **how), strict=True),
                        *zip(evaluated, batches.eval_batches(numbered(40, dtype), 16), strict=True)]:
@@ -86,6 +87,27 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_it_belongs(monkeypatch):
     with pytest.raises(StopIteration):
         next(feed)
     wait_until_none_reads()
+
+
+def test_threads_stop_in_the_middle_of_a_batch(monkeypatch):
+    monkeypatch.setattr(ahead, "cores", lambda: 1)
+    split, met, go_on = Slow(), threading.Event(), threading.Event()
+
+    def fill(indices, out):
+        split.read += len(indices)
+        if split.read > 100:
+            met.set()
+            assert go_on.wait(10)
+
+    split.fill, rows = fill, 4
+    monkeypatch.setattr(ahead, "ROWS", rows * 4)
+    feed = batches.train_batches(split, 100, seed=0)
+    next(feed)
+    assert met.wait(10)
+    del feed
+    go_on.set()
+    wait_until_none_reads()
+    assert split.read == 100 + rows
 
 
 def test_an_iterator_left_open_does_not_keep_the_program_from_ending():
