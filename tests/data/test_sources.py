@@ -1,6 +1,7 @@
 """Every data set keeps the contract; each source reads what it should."""
 
 import gzip
+import io
 import pathlib
 import struct
 import subprocess
@@ -11,7 +12,7 @@ import PIL.Image
 import pytest
 
 from dlcourse import data
-from dlcourse.data import arrays, fashion, folder, shapes, splits
+from dlcourse.data import arrays, decoding, fashion, folder, shapes, splits
 
 NEEDS_FASHION = pytest.mark.skipif(not fashion.DEBIAN.is_dir(), reason="no dataset-fashion-mnist from Debian here")
 
@@ -171,6 +172,19 @@ def test_folder_kinds_of_image(tmp_path):
     small = folder.load(str(tmp_path), 2)
     assert small.splits["train"][np.arange(6)]["image"].shape == (6, 2, 2, 3)
     assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_photos_are_what_pillow_makes_of_them(tmp_path):
+    photo = PIL.Image.open(pathlib.Path(data.embedded.inside("skimage")) / "data" / "chelsea.png")  # 451 x 300 pixels
+    photo.save(tmp_path / "photo.jpg", quality=90)
+    plain = PIL.Image.open(tmp_path / "photo.jpg").convert("RGB")
+    np.testing.assert_array_equal(decoding.decode(tmp_path / "photo.jpg", 3, 0), np.asarray(plain))
+    square = plain.resize((200, 200), PIL.Image.Resampling.BILINEAR, box=(75.5, 0, 375.5, 300))
+    np.testing.assert_array_equal(decoding.decode(tmp_path / "photo.jpg", 3, 200), np.asarray(square))
+    small = plain.resize((60, 60), PIL.Image.Resampling.BILINEAR, box=(75.5, 0, 375.5, 300))
+    content = io.BytesIO((tmp_path / "photo.jpg").read_bytes())
+    difference = decoding.decode(content, 3, 60) - np.asarray(small, np.float32)  # decoded at a quarter of the size
+    assert np.sqrt(np.mean(difference**2)) < 3
 
 
 def test_folder_levels(tmp_path):
