@@ -31,7 +31,7 @@ SECTION = "How it revived"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    repeats: int = settings.setting(21, "timings of each thing; medians are reported (at least 10)")
+    repeats: int = settings.setting(41, "timings of each thing; medians are reported (at least 10)")
     images: int = settings.setting(256, "photos to make")
     batch_size: int = settings.setting(64, "images in a batch")
     image_size: int = settings.setting(224, "pixels a side that photos are resized to")
@@ -64,7 +64,7 @@ def main(config: Config, run) -> None:
             tasks |= {"limit": limit, "pillow": functools.partial(pillow, paths, size)}
             times = interleave(config.repeats, tasks)
         per_batch = config.batch_size * median(times["jpeg_folder"])
-        waits = interleave(config.repeats, {"waits": functools.partial(
+        waits = interleave(min(config.repeats, 15), {"waits": functools.partial(
             overlap, splits["jpeg_folder"], config, per_batch)})
         kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1000
     run.finish(figures(times, waits, ahead.cores()) | {"input/kilobytes_an_image": kilobytes},
@@ -88,8 +88,8 @@ def drain(name: str, split, config: Config, as_bytes: bool = True) -> dict[str, 
 
 
 def batches_a_round(config: Config) -> int:
-    """Some 256 images: rounds are short, so that the machine's moods strike all that is compared."""
-    return min(8, max(2, 256 // config.batch_size))
+    """Some 128 images: rounds are short, so that the machine's moods strike all that is compared."""
+    return min(8, max(2, 128 // config.batch_size))
 
 
 def settle() -> None:
