@@ -15,9 +15,7 @@ The standard library alone: this runs before anything is installed.
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import difflib
 import fcntl
 import glob
 import hashlib
@@ -31,32 +29,18 @@ import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-WITH_VALUE, WITHOUT_VALUE = ("python", "venv", "with"), ("dry-run", "help")
+import command_line
+from command_line import ROOT, Mistake
+
 LOCK, STAMP = "dlcourse.lock", "dlcourse.json"
 EXTRAS_OF = {"benchmark": {"peers"}}
 """What an experiment needs beyond the everyday environment."""
 
 
-class Mistake(Exception):
-    """Said in one line, exit status 2."""
-
-
 def main(words: list[str]) -> None:
-    machine, rest = split_words(words)
-    if "help" in machine:
-        print(__doc__.strip() + "\n\n" + listing())
-        return
-    if not rest:
-        print(listing())
-        return
+    machine, rest = command_line.words_or_help(words, __doc__)
     command, folder = command_of(rest)
-    venv = Path(machine.get("venv") or os.environ.get("DLCOURSE_VENV") or ROOT / ".venv").expanduser().absolute()
-    extras = {"dev"} | set(filter(None, machine.get("with", "").split(","))) | EXTRAS_OF.get(rest[0], set())
-    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    if not extras <= set(known):
-        raise Mistake(f"--with={machine['with']}: choose from {', '.join(sorted(known))}")
-    python = base_python() if "python" in machine or not usable(venv) else None
+    venv, extras, python = wanted(machine, rest[0])
     if "dry-run" in machine:
         dry_run(venv, extras, python, command, folder)
         return
@@ -67,33 +51,14 @@ def main(words: list[str]) -> None:
     os.execv(program, [program, *command])
 
 
-def split_words(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Machine flags (name -> value) and all words from the experiment's name on."""
-    machine: dict[str, str] = {}
-    for place, word in enumerate(words):
-        if word == "-h":
-            word = "--help"
-        if not word.startswith("-"):
-            return machine, words[place:]
-        name, equals, value = word.removeprefix("--").partition("=")
-        if name not in (WITH_VALUE if equals else WITHOUT_VALUE):
-            raise Mistake(f"{word} is no machine flag (see launch/local --help); an experiment's flags follow its name")
-        machine[name] = value
-    return machine, []
-
-
-def experiments() -> dict[str, str]:
-    """Name and first line of every experiment in the checkout."""
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "experiments").glob("*.py"))}
-    return {name: (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
-            for name, source in sources.items() if re.search(r"^if __name__ ==", source, re.MULTILINE)}
-
-
-def listing() -> str:
-    found = experiments() | {"test": "the tests"}
-    width = max(map(len, found))
-    return "\n".join(["experiments (launch/local EXPERIMENT --help shows its flags):",
-                      *(f"  {name:<{width}}  {line}" for name, line in found.items())])
+def wanted(machine: dict[str, str], experiment: str) -> tuple[Path, set[str], str | None]:
+    """Where the environment lives, the extras it must have, and the Python to make it with (None: it has its own)."""
+    venv = Path(machine.get("venv") or os.environ.get("DLCOURSE_VENV") or ROOT / ".venv").expanduser().absolute()
+    extras = {"dev"} | set(filter(None, machine.get("with", "").split(","))) | EXTRAS_OF.get(experiment, set())
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    if not extras <= set(known):
+        raise Mistake(f"--with={machine['with']}: choose from {', '.join(sorted(known))}")
+    return venv, extras, base_python() if "python" in machine or not usable(venv) else None
 
 
 def command_of(rest: list[str]) -> tuple[list[str], Path | None]:
@@ -101,11 +66,6 @@ def command_of(rest: list[str]) -> tuple[list[str], Path | None]:
     name, *arguments = rest
     if name == "test":
         return ["-m", "pytest", *arguments], ROOT
-    known = [*experiments(), "test"]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise Mistake(f"unknown experiment {name}; {hint}")
     return ["-P", "-m", f"experiments.{name}", *arguments], None  # -P: a folder `experiments` of the user's stays out
 
 
@@ -281,9 +241,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Mistake as mistake:
-        sys.exit(print(f"error: {mistake}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command_line.start(main)
