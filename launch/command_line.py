@@ -44,7 +44,8 @@ def split(words: list[str], usage: str) -> tuple[dict[str, str], list[str]]:
       words: of the command line.
       usage: the launcher's help, where each flag begins a line: "  --name=VALUE  what it is" or "  --name  …".
     """
-    valued, plain = re.findall(r"^  --([\w-]+)=", usage, re.MULTILINE), re.findall(r"^  --([\w-]+) ", usage, re.MULTILINE)
+    valued = re.findall(r"^  --([\w-]+)=", usage, re.MULTILINE)
+    plain = re.findall(r"^  --([\w-]+) ", usage, re.MULTILINE)
     machine: dict[str, str] = {}
     for place, word in enumerate(words):
         word = "--help" if word == "-h" else word
@@ -52,7 +53,8 @@ def split(words: list[str], usage: str) -> tuple[dict[str, str], list[str]]:
             return machine, words[place:]
         name, equals, value = word.removeprefix("--").partition("=")
         if name not in (valued if equals else plain) or (equals and not value):
-            raise Mistake(f"{word} is no machine flag{_hint(name, valued, plain)} (an experiment's flags follow its name)")
+            hint = _hint(name, valued, plain)
+            raise Mistake(f"{word} is no machine flag{hint} (an experiment's flags follow its name)")
         machine[name] = value
     return machine, []
 
@@ -124,7 +126,7 @@ def run_name(rest: list[str]) -> str:
 
 
 def in_folder(rest: list[str], name: str) -> tuple[list[str], str]:
-    """The command with a --workdir that this side knows too, and that folder: below runs/, where results are fetched."""
+    """The command with a --workdir that this side knows too, and that folder, which is below runs/."""
     if "--workdir" in rest:
         raise Mistake("--workdir: write it as one word, --workdir=runs/mine")
     given = [word.partition("=")[2] for word in rest if re.match("--?workdir=", word)]

@@ -37,7 +37,7 @@ from command_line import MISTAKE, ROOT, STOPPED, Mistake, say
 LOGS = "runs/slurm"
 PASSED_ON = ("nodes", "time", "partition", "account", "qos")
 BODY = """
-# {done} done and {mistake} a mistake: final. {stopped} saved after a signal: queued again, without limit. Else: a failure.
+# {done} done, {mistake} a mistake: final. {stopped} saved after a signal: queued again, without limit. Else a failure.
 failures={logs}/{name}-$SLURM_JOB_ID.failures
 while :; do
     {check}srun --kill-on-bad-exit=0 --wait=600 {command} "$@"
@@ -100,7 +100,8 @@ def script(machine: dict[str, str], rest: list[str]) -> str:
     header |= {"gres": f"gpu:{gpus}"} if gpus else {}
     header |= {"array": f"0-{len(lines) - 1}"} if lines else {}
     header |= {name: machine[name] for name in PASSED_ON if name in machine}
-    head = ["#!/bin/sh", *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in header.items()),
+    head = ["#!/bin/sh",
+            *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in header.items()),
             *(f"#SBATCH {flag}" for flag in shlex.split(machine.get("sbatch", "")))]
     if lines:
         head += ["", "case $SLURM_ARRAY_TASK_ID in",
@@ -139,14 +140,14 @@ def tasks(file: str, rest: list[str]) -> list[list[str]]:
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"--sweep={file}: {getattr(error, 'strerror', error)}; give a file with a line of flags a job") from None
+        raise Mistake(f"--sweep={file}: {getattr(error, 'strerror', error)}; give a file with flags") from None
     found = [shlex.split(line, comments=True) for line in text.splitlines()]
     found = [flags for flags in found if flags]
     wrong = [word for flags in found for word in flags if not word.startswith("-")]
     if wrong or not found:
         raise Mistake(f"--sweep={file}: {wrong[0] if wrong else 'empty'}; a line holds flags such as --seed=1")
     if any(re.match("--?workdir", word) for word in rest):
-        raise Mistake(f"--sweep={file}: all its jobs would write to one --workdir; leave that out, or give it line by line")
+        raise Mistake(f"--sweep={file}: all its jobs would share one --workdir; leave it out, or give it line by line")
     return found
 
 

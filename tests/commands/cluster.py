@@ -41,6 +41,7 @@ GresTypes=gpu
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 RealMemory=4000 Gres=gpu:2
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
+# cred_expire: a requeued job waits that long, two minutes by default and five seconds at least.
 
 
 def missing() -> str | None:
@@ -90,8 +91,8 @@ def three_ports() -> list[int]:
 
 def idle(variables: dict[str, str]) -> int:
     """How many nodes wait for work."""
-    shown = subprocess.run(["sinfo", "--noheader", "--Node", "--format=%t"], env=variables, capture_output=True, text=True)
-    return shown.stdout.split().count("idle")
+    words = ["sinfo", "--noheader", "--Node", "--format=%t"]
+    return subprocess.run(words, env=variables, capture_output=True, text=True).stdout.split().count("idle")
 
 
 def wait(ready, seconds: float, what: str) -> None:

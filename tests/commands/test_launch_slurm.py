@@ -1,0 +1,128 @@
+"""launch/slurm on a real SLURM of two virtual nodes: what is started again, what is not, and what survives."""
+
+import json
+import re
+import subprocess
+
+import checkout
+import cluster
+import numpy as np
+import pytest
+from checkout import launch
+
+STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if cluster.missing():
+        pytest.skip(cluster.missing())
+    variables = checkout.make(tmp_path_factory.mktemp("checkout"))
+    with cluster.cluster(tmp_path_factory.mktemp("slurm")) as found:
+        yield variables | found
+
+
+def submit(slurm, tmp_path, *words, **more) -> str:
+    said = launch("slurm", *words, cwd=tmp_path, env=slurm | more)
+    assert said.returncode == 0, said.stderr
+    return re.search(r"submitted job (\d+)", said.stderr)[1]
+
+
+def job(slurm, name: str) -> dict[str, str]:
+    shown = subprocess.run(["scontrol", "show", "job", name], env=slurm, capture_output=True, text=True).stdout
+    return dict(re.findall(r"(\w+)=(\S+)", shown))
+
+
+def ended(slurm, *names: str, seconds: float = 120) -> list[str]:
+    """The ends of these jobs, such as "FAILED 2:0"."""
+    cluster.wait(lambda: all(job(slurm, name)["JobState"] in STATES for name in names), seconds, f"jobs {names}")
+    return ["{JobState} {ExitCode}".format(**job(slurm, name)) for name in names]
+
+
+def starts(folder, rank: int = 0) -> list[str]:
+    file = folder / f"starts-{rank}"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_failure_is_started_again_a_few_times_a_success_and_a_mistake_never(slurm, tmp_path):
+    ways = {"success": "0", "mistake": "2", "failure": "1", "flaky": "1,134,0"}
+    jobs = {way: submit(slurm, tmp_path, "--retries=2", "stub", f"--workdir=runs/{way}", f"--end={end}")
+            for way, end in ways.items()}
+    assert dict(zip(jobs, ended(slurm, *jobs.values()), strict=True)) == {
+        "success": "COMPLETED 0:0", "mistake": "FAILED 2:0", "failure": "FAILED 1:0", "flaky": "COMPLETED 0:0"}
+    assert {way: len(starts(tmp_path / "runs" / way)) for way in ways} == {
+        "success": 1, "mistake": 1, "failure": 3, "flaky": 3}
+    assert not list(tmp_path.glob("runs/slurm/*.failures"))
+
+
+def test_a_job_at_its_time_limit_saves_and_goes_on_with_all_its_processes(slurm, tmp_path):
+    # The signal comes 90 s before the end of two minutes, more than the default number of retries.
+    name = submit(slurm, tmp_path, "--nodes=2", "--time=2", "--retries=0", "stub", "--workdir=runs/x", "--waits=1")
+    assert ended(slurm, name) == ["COMPLETED 0:0"]
+    assert job(slurm, name)["Restarts"] == "1"
+    nodes = {line.split()[0] for rank in (0, 1) for line in starts(tmp_path / "runs/x", rank)}
+    assert nodes == {"n1", "n2"} and [len(starts(tmp_path / "runs/x", rank)) for rank in (0, 1)] == [2, 2]
+    assert "queued again" in (tmp_path / f"runs/slurm/stub-{name}.out").read_text(), "one log for all its starts"
+
+
+def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):
+    name = submit(slurm, tmp_path, "stub", "--workdir=runs/x", "--waits=9")
+    cluster.wait(lambda: starts(tmp_path / "runs/x"), 30, "its start")
+    subprocess.run(["scancel", name], env=slurm, check=True)
+    assert ended(slurm, name)[0].startswith("CANCELLED")
+    cluster.wait(lambda: cluster.idle(slurm) == 2, 60, "idle nodes")
+    assert len(starts(tmp_path / "runs/x")) == 1 and job(slurm, name)["JobState"] == "CANCELLED"
+
+
+def test_a_sweep_is_an_array_of_jobs(slurm, tmp_path):
+    (tmp_path / "sweep.txt").write_text("# two of them\n--workdir=runs/a --end=0\n--workdir='runs/b c' --end=2\n")
+    name = submit(slurm, tmp_path, "--sweep=sweep.txt", "stub")
+    assert ended(slurm, f"{name}_0", f"{name}_1") == ["COMPLETED 0:0", "FAILED 2:0"]
+    assert len(starts(tmp_path / "runs/a")) == len(starts(tmp_path / "runs/b c")) == 1
+
+
+def test_a_job_that_does_not_see_the_gpus_it_asked_for_is_refused(slurm, tmp_path):
+    """The GPUs are made up, so JAX sees none; two devices of the CPU stand for them where a user says so."""
+    blind = submit(slurm, tmp_path, "--gpus=2", "stub", "--workdir=runs/blind", JAX_PLATFORMS="")
+    one = submit(slurm, tmp_path, "--gpus=2", "stub", "--workdir=runs/one")
+    flag = "--xla_force_host_platform_device_count=2"
+    both = submit(slurm, tmp_path, "--nodes=2", "--gpus=2", "stub", "--workdir=runs/both", XLA_FLAGS=flag)
+    assert ended(slurm, blind, one, both) == ["FAILED 2:0", "FAILED 2:0", "COMPLETED 0:0"]
+    assert "2 were asked for" in (tmp_path / f"runs/slurm/stub-{one}.out").read_text()
+    assert not starts(tmp_path / "runs/blind") and not starts(tmp_path / "runs/one")
+    assert [len(starts(tmp_path / "runs/both", rank)) for rank in range(4)] == [1, 1, 1, 1]
+    log = (tmp_path / f"runs/slurm/stub-{both}.out").read_text()
+    assert log.count("2 nodes x 2 tasks, 2 GPUs visible") == 2
+
+
+def test_what_a_signal_interrupted_ends_as_if_nothing_had_happened(slurm, tmp_path):
+    """The real experiment: signal, save, queue again, resume; parameters and metrics as without the signal."""
+    flags = ["classification", "--model=mlp,width=8", "--train_for=600steps", "--eval_every=100steps", "--noclaims",
+             "--checkpoint_every=500steps", "--notensorboard"]
+    plain = submit(slurm, tmp_path, *flags, "--workdir=runs/plain")
+    stopped = submit(slurm, tmp_path, *flags, "--workdir=runs/stopped")
+    metrics = tmp_path / "runs/stopped/metrics.jsonl"
+    cluster.wait(lambda: metrics.exists() and metrics.stat().st_size, 90, "training")
+    subprocess.run(["scancel", "--signal=TERM", stopped], env=slurm, check=True)
+    assert ended(slurm, plain, stopped) == ["COMPLETED 0:0"] * 2
+    assert job(slurm, stopped)["Restarts"] == "1", "it was over before the signal came"
+    runs = [tmp_path / "runs" / name for name in ("plain", "stopped")]
+    first, second = (json.loads((run / "result.json").read_text()) for run in runs)
+    assert first["metrics"] == second["metrics"]
+    for one, other in zip(*map(parameters, runs), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def parameters(run):
+    """All arrays of the newest checkpoint."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    newest = max((run / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    found = sorted(newest.glob("**/_METADATA"))[0].parent
+    leaves = jax.tree.leaves(ocp.StandardCheckpointer().restore(found))
+    return [np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+            for leaf in leaves]
