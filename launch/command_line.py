@@ -22,6 +22,8 @@ DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75
 """How an experiment ends. Never started again: DONE, MISTAKE. Without limit: STOPPED, by a signal after saving.
 Any other status is a failure, started again at most --retries times."""
 
+GET_GCLOUD = "install the Google Cloud CLI (see cloud.google.com/sdk/docs/install), then `gcloud init`"
+
 
 class Mistake(Exception):
     """Said in one line, exit status 2."""
@@ -72,6 +74,14 @@ def count(machine: dict[str, str], name: str, default: int, least: int = 1) -> i
     if not text.isdecimal() or int(text) < least:
         raise Mistake(f"--{name}={text}: give a whole number of at least {least}")
     return int(text)
+
+
+def seconds(machine: dict[str, str], name: str, default: float) -> float:
+    """A flag that is a time."""
+    text = machine.get(name, str(default))
+    if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
+        raise Mistake(f"--{name}={text}: give a number of seconds above 0")
+    return float(text)
 
 
 def need(machine: dict[str, str], name: str, why: str) -> str:
