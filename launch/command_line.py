@@ -84,6 +84,22 @@ def seconds(machine: dict[str, str], name: str, default: float) -> float:
     return float(text)
 
 
+def bucket(machine: dict[str, str], kinds: tuple[str, ...]) -> str:
+    """Where the run is written, since it must outlive the machines: the address of a bucket."""
+    text = need(machine, "bucket", f"name the bucket that the run is written to, such as --bucket={kinds[0]}://mine")
+    if not re.fullmatch(rf"({'|'.join(kinds)})://[a-z0-9][a-z0-9._-]+", text):
+        raise Mistake(f"--bucket={text}: give {' or '.join(f'{kind}://NAME' for kind in kinds)}")
+    return text
+
+
+def name_of(machine: dict[str, str], rest: list[str]) -> str:
+    """The name of the machine or job, made from the command where none is given."""
+    name = machine.get("name") or run_name(rest)
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?", name):
+        raise Mistake(f"--name={name}: give up to 50 small letters, digits and hyphens, a letter first")
+    return name
+
+
 def need(machine: dict[str, str], name: str, why: str) -> str:
     if name not in machine:
         raise Mistake(f"--{name}=… is missing: {why}")

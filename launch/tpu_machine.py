@@ -123,7 +123,7 @@ class Machine(NamedTuple):
         done = call(self.create_command())
         if done.returncode and REFUSED.search(done.stderr):
             what = f"--type={self.type} in --zone={self.zone}"
-            raise Mistake(f"gcloud refused {what}: {reason(done.stderr)}; see `gcloud auth list`, the quota of the project, "
+            raise Mistake(f"gcloud refused {what}: {reason(done.stderr)}; see `gcloud auth list`, the project's quota, "
                           "and `gcloud compute tpus accelerator-types list`")
         if done.returncode:
             raise Broken(f"could not be created: {reason(done.stderr)}")

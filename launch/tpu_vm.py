@@ -163,9 +163,7 @@ def job_of(machine: dict[str, str], rest: list[str]) -> Job:
     if not found:
         raise Mistake(f"--type={kind}: unknown; give one of {', '.join(f'{name}-N' for name in RUNTIMES)} "
                       "(later TPUs are to be had through launch/gke)")
-    name = machine.get("name") or command_line.run_name(rest)
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,60}[a-z0-9])?", name):
-        raise Mistake(f"--name={name}: give small letters, digits and hyphens, a letter first")
+    name = command_line.name_of(machine, rest)
     spot, project, pause = "spot" in machine, machine.get("project", ""), command_line.seconds(machine, "every", 60)
     zone = command_line.need(machine, "zone", "name a zone that has it, such as --zone=us-central1-a")
     made = Machine(name, kind, zone, project, machine.get("runtime", RUNTIMES[found[1]]), spot, pause)

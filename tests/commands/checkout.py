@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -40,6 +41,15 @@ def main(flags):
 if __name__ == "__main__":
     main(dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:]))
 '''
+
+
+def module(name: str):
+    """A module of launch/, which imports its neighbours."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "launch"))
 
 
 def make(folder: Path) -> dict[str, str]:

@@ -1,13 +1,13 @@
 """launch/local, from other folders and with other Pythons on PATH; nothing is installed here."""
 
 import fcntl
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkout import module
 from commands import ROOT
 
 SHELL = "/usr/bin:/bin"
@@ -28,10 +28,7 @@ def stub(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture(scope="module")
 def environment():
-    spec = importlib.util.spec_from_file_location("environment", ROOT / "launch/environment.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module("environment")
 
 
 def test_it_lists_experiments_before_anything_is_installed(tmp_path):
