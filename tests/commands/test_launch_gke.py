@@ -28,7 +28,7 @@ SCHEMA = {"apiVersion": str, "kind": str, "metadata": {"name": str, "namespace?"
           "spec": {"failurePolicy": {"maxRestarts": int,
                                      "rules": [{"name": str, "action": str, "onJobFailureReasons": [str]}]},
                    "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}]}}
-"""The part of the JobSet API (v1alpha2) and of batch/v1 that is used; nothing else may be there. ?: optional."""
+"""The part of the JobSet API (v1alpha2) and of batch/v1 used here, and no more. "?": optional."""
 
 
 def wrong(value, schema, path="") -> list[str]:

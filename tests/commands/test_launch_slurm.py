@@ -22,6 +22,17 @@ def slurm(tmp_path_factory):
         yield variables | found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def limited(slurm, tmp_path_factory):
+    """A job on two nodes that will not end by itself, begun first since it takes half a minute to reach its limit.
+
+    The signal comes 90 s before the end of two minutes.
+    """
+    folder = tmp_path_factory.mktemp("limited")
+    words = ["--nodes=2", "--time=2", "--retries=0", "stub", "--workdir=runs/x", "--waits=1"]
+    return submit(slurm, folder, *words), folder
+
+
 def submit(slurm, tmp_path, *words, **more) -> str:
     said = launch("slurm", *words, cwd=tmp_path, env=slurm | more)
     assert said.returncode == 0, said.stderr
@@ -44,6 +55,11 @@ def starts(folder, rank: int = 0) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
+def running(slurm, name: str) -> bool:
+    words = ["squeue", "--noheader", f"--job={name}"]
+    return bool(subprocess.run(words, env=slurm, capture_output=True, text=True).stdout.strip())
+
+
 pytestmark = pytest.mark.slow
 
 
@@ -58,22 +74,12 @@ def test_a_failure_is_started_again_a_few_times_a_success_and_a_mistake_never(sl
     assert not list(tmp_path.glob("runs/slurm/*.failures"))
 
 
-def test_a_job_at_its_time_limit_saves_and_goes_on_with_all_its_processes(slurm, tmp_path):
-    # The signal comes 90 s before the end of two minutes, more than the default number of retries.
-    name = submit(slurm, tmp_path, "--nodes=2", "--time=2", "--retries=0", "stub", "--workdir=runs/x", "--waits=1")
-    assert ended(slurm, name) == ["COMPLETED 0:0"]
-    assert job(slurm, name)["Restarts"] == "1"
-    nodes = {line.split()[0] for rank in (0, 1) for line in starts(tmp_path / "runs/x", rank)}
-    assert nodes == {"n1", "n2"} and [len(starts(tmp_path / "runs/x", rank)) for rank in (0, 1)] == [2, 2]
-    assert "queued again" in (tmp_path / f"runs/slurm/stub-{name}.out").read_text(), "one log for all its starts"
-
-
 def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):
     name = submit(slurm, tmp_path, "stub", "--workdir=runs/x", "--waits=9")
     cluster.wait(lambda: starts(tmp_path / "runs/x"), 30, "its start")
     subprocess.run(["scancel", name], env=slurm, check=True)
     assert ended(slurm, name)[0].startswith("CANCELLED")
-    cluster.wait(lambda: cluster.idle(slurm) == 2, 60, "idle nodes")
+    cluster.wait(lambda: "EndTime" in job(slurm, name) and not running(slurm, name), 60, "its end")
     assert len(starts(tmp_path / "runs/x")) == 1 and job(slurm, name)["JobState"] == "CANCELLED"
 
 
@@ -114,6 +120,15 @@ def test_what_a_signal_interrupted_ends_as_if_nothing_had_happened(slurm, tmp_pa
     assert first["metrics"] == second["metrics"]
     for one, other in zip(*map(parameters, runs), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_job_at_its_time_limit_saves_and_goes_on_with_all_its_processes(slurm, limited):
+    name, folder = limited
+    assert ended(slurm, name) == ["COMPLETED 0:0"]
+    assert job(slurm, name)["Restarts"] == "1"
+    nodes = {line.split()[0] for rank in (0, 1) for line in starts(folder / "runs/x", rank)}
+    assert nodes == {"n1", "n2"} and [len(starts(folder / "runs/x", rank)) for rank in (0, 1)] == [2, 2]
+    assert "queued again" in (folder / f"runs/slurm/stub-{name}.out").read_text(), "one log for all its starts"
 
 
 def parameters(run):
