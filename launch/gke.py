@@ -34,6 +34,8 @@ import yaml_text
 from command_line import MISTAKE, STOPPED, Mistake, say
 
 PORT = 8476
+PATIENCE = 1800
+"""Seconds that pods wait for each other: nodes come, images are pulled and environments made at different times."""
 SLICES = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice",
           "tpu7x": "tpu7x"}
 """GKE's names for kinds of TPU."""
@@ -131,7 +133,7 @@ def pod(machine, rest, name, pods, place, devices, extra) -> dict:
     command = shlex.join(rest)
     if pods > 1:  # pod 0 of job 0 has this name in the network that a JobSet makes
         command += (f" --coordinator={name}-main-0-0.{name}:{PORT} --num_processes={pods}"
-                    " --process_id=$JOB_COMPLETION_INDEX")
+                    f" --process_id=$JOB_COMPLETION_INDEX --coordinator_timeout={PATIENCE}")
     container = {"name": "main", "image": machine.get("image", "python:3.12"),
                  "command": ["sh", "-c", SCRIPT.format(name=name, extra=extra, command=command)],
                  "resources": {"limits": devices}, "volumeMounts": [{"name": "bucket", "mountPath": "/bucket"}]}

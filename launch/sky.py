@@ -32,6 +32,7 @@ from tpu_machine import RUNTIMES
 PORT = 8476
 PROCESSES = f"""processes="--coordinator=$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"
 processes="$processes --num_processes=$SKYPILOT_NUM_NODES --process_id=$SKYPILOT_NODE_RANK"
+processes="$processes --coordinator_timeout=1800"  # one may be ready long before another
 """
 RUN = """checkout=$PWD
 cd /bucket

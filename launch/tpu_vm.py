@@ -174,6 +174,8 @@ def job_of(machine: dict[str, str], rest: list[str]) -> Job:
         raise Mistake(f"--type={kind} has {made.hosts} hosts, which save together: name an NFS share that all reach, "
                       "such as a Filestore instance, with --mount=HOST:/DIR")
     words, folder = command_line.in_folder(rest, name)
+    if made.hosts > 1:  # one host may be ready long before another
+        words = [*words, "--coordinator_timeout=1800"]
     return Job(made, words, folder, mount, command_line.count(machine, "retries", 3, least=0))
 
 

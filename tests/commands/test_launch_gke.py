@@ -18,7 +18,8 @@ STATUS = {"action": str, "onExitCodes": {"containerName": str, "operator": str, 
 CONDITION = {"action": str, "onPodConditions": [{"type": str, "status": str}]}
 CONTAINER = {"name": str, "image": str, "command": [str], "resources": {"limits": {str: int}},
              "volumeMounts": [{"name": str, "mountPath": str}], "env?": [{"name": str, "value": str}]}
-POD = {"restartPolicy": str, "terminationGracePeriodSeconds": int, "serviceAccountName": str, "nodeSelector": {str: str},
+POD = {"restartPolicy": str, "terminationGracePeriodSeconds": int, "serviceAccountName": str,
+       "nodeSelector": {str: str},
        "containers": [CONTAINER],
        "volumes": [{"name": str, "csi": {"driver": str, "volumeAttributes": {str: str}}}]}
 JOB = {"parallelism": int, "completions": int, "completionMode": str, "backoffLimit": int,
@@ -28,7 +29,7 @@ SCHEMA = {"apiVersion": str, "kind": str, "metadata": {"name": str, "namespace?"
           "spec": {"failurePolicy": {"maxRestarts": int,
                                      "rules": [{"name": str, "action": str, "onJobFailureReasons": [str]}]},
                    "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}]}}
-"""The part of the JobSet API (v1alpha2) and of batch/v1 used here, and no more. "?": optional."""
+"""The part of the JobSet API (v1alpha2) and of batch/v1 that is used, no more than that. "?": optional."""
 
 
 def wrong(value, schema, path="") -> list[str]:
@@ -107,7 +108,7 @@ def test_a_pod_ends_as_its_experiment_does(status, user, tmp_path):
                           env=user | {"JOB_COMPLETION_INDEX": "3"})
     assert done.returncode == status, done.stderr
     assert done.stdout.strip() == ("--with=tpu stub --end=a b --workdir=runs/box --coordinator=box-main-0-0.box:8476 "
-                                   "--num_processes=4 --process_id=3")
+                                   "--num_processes=4 --process_id=3 --coordinator_timeout=1800")
 
 
 def test_it_uploads_the_checkout_and_creates_the_job_set(user, tmp_path):

@@ -98,7 +98,7 @@ def test_a_failure_is_started_again_by_the_script_alone(end, status, count, user
     assert done.returncode == status, done.stderr
     starts = (tmp_path / "bucket/runs/box/starts-0").read_text().splitlines()
     assert len(starts) == count
-    assert starts[0].endswith("--coordinator=10.0.0.1:8476 --num_processes=2 --process_id=1")
+    assert starts[0].endswith("--coordinator=10.0.0.1:8476 --num_processes=2 --process_id=1 --coordinator_timeout=1800")
 
 
 @pytest.mark.parametrize(("words", "says"), [

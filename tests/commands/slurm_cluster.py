@@ -55,7 +55,7 @@ def missing() -> str | None:
 def cluster(folder: Path):
     """Starts it; yields the variables by which commands find it."""
     host = socket.gethostname().split(".")[0]
-    (folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=folder, ports=three_ports()))
+    (folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=folder, ports=free_ports(3)))
     (folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu File=/dev/zero,/dev/full\n")
     (folder / "state").mkdir()
     (folder / "key").write_bytes(os.urandom(128))
@@ -79,13 +79,13 @@ def cluster(folder: Path):
             daemon.wait()
 
 
-def three_ports() -> list[int]:
-    """Three free ports in a row, above those that systems hand out by themselves."""
-    for first in range(61000, 65000, 3):
+def free_ports(count: int) -> list[int]:
+    """Free ports in a row, above those that systems hand out by themselves."""
+    for first in range(61000, 65000, count):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            for port in (first, first + 1, first + 2):
+            for port in range(first, first + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return [first, first + 1, first + 2]
+            return list(range(first, first + count))
     raise AssertionError("no free ports")
 
 
