@@ -64,12 +64,12 @@ exit $status
 
 def main(words: list[str]) -> None:
     machine, rest = command_line.words_or_help(words, __doc__)
-    text = script(machine, rest)
+    text, wanted = script(machine, rest), environment.wanted(machine | extras(machine), rest[0])
     if "dry-run" in machine:
         print(f"# --- {LOGS}/{rest[0]}.sh", text.rstrip(), "# --- commands", f"sbatch {LOGS}/{rest[0]}.sh", sep="\n")
         return
     command_line.tool("sbatch", "run this on a login node of the cluster, or try the experiment with launch/local")
-    environment.keep(*environment.wanted(machine | extras(machine), rest[0]))
+    environment.keep(*wanted)
     Path(LOGS).mkdir(parents=True, exist_ok=True)
     file = Path(LOGS, f"{rest[0]}.sh")
     file.write_text(text)
@@ -102,7 +102,7 @@ def script(machine: dict[str, str], rest: list[str]) -> str:
     header |= {name: machine[name] for name in PASSED_ON if name in machine}
     head = ["#!/bin/sh",
             *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in header.items()),
-            *(f"#SBATCH {flag}" for flag in shlex.split(machine.get("sbatch", "")))]
+            *(f"#SBATCH {flag}" for flag in further(machine.get("sbatch", "")))]
     if lines:
         head += ["", "case $SLURM_ARRAY_TASK_ID in",
                  *(f"{index}) set -- {shlex.join(flags)} ;;" for index, flags in enumerate(lines)), "esac"]
@@ -110,6 +110,13 @@ def script(machine: dict[str, str], rest: list[str]) -> str:
         done=command_line.DONE, mistake=MISTAKE, stopped=STOPPED, logs=LOGS, name=rest[0], retries=retries(machine),
         check=device_check(machine, nodes, gpus) if gpus else "", command=shlex.join(local(machine, rest)))
     return "\n".join(head) + "\n" + body
+
+
+def further(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise Mistake(f"--sbatch={text}: {error}") from None
 
 
 def retries(machine: dict[str, str]) -> int:
@@ -139,9 +146,9 @@ def tasks(file: str, rest: list[str]) -> list[list[str]]:
     """The experiment flags of every job of a sweep."""
     try:
         text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        found = [shlex.split(line, comments=True) for line in text.splitlines()]
+    except (OSError, ValueError) as error:  # unreadable, or a quotation without its end
         raise Mistake(f"--sweep={file}: {getattr(error, 'strerror', error)}; give a file with flags") from None
-    found = [shlex.split(line, comments=True) for line in text.splitlines()]
     found = [flags for flags in found if flags]
     wrong = [word for flags in found for word in flags if not word.startswith("-")]
     if wrong or not found:
