@@ -52,6 +52,14 @@ def module(name: str):
         sys.path.remove(str(ROOT / "launch"))
 
 
+def tools(folder: Path) -> Path:
+    """A folder for PATH with what launch/find_python needs, and nothing else."""
+    folder.mkdir()
+    for tool in ("sh", "dirname", "sort", "head"):
+        (folder / tool).symlink_to(f"/usr/bin/{tool}" if os.path.exists(f"/usr/bin/{tool}") else f"/bin/{tool}")
+    return folder
+
+
 def make(folder: Path) -> dict[str, str]:
     """Makes the checkout in folder/checkout; returns the variables to call it with."""
     root, venv = folder / "checkout", folder / "venv"

@@ -1,13 +1,12 @@
 """launch/local, from other folders and with other Pythons on PATH; nothing is installed here."""
 
 import fcntl
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import checkout
 import pytest
-from checkout import module
 from commands import ROOT
 
 SHELL = "/usr/bin:/bin"
@@ -28,7 +27,7 @@ def stub(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture(scope="module")
 def environment():
-    return module("environment")
+    return checkout.module("environment")
 
 
 def test_it_lists_experiments_before_anything_is_installed(tmp_path):
@@ -59,10 +58,7 @@ def test_a_mistake_is_one_line(words, said, tmp_path):
 
 
 def test_the_newest_python_that_really_works_is_taken(tmp_path):
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for tool in ("sh", "dirname", "sort", "head"):
-        (tools / tool).symlink_to(f"/usr/bin/{tool}" if os.path.exists(f"/usr/bin/{tool}") else f"/bin/{tool}")
+    tools = checkout.tools(tmp_path / "tools")
     stub(tmp_path / "shims", "python3.13", "echo 'not installed' >&2; exit 127")
     stub(tmp_path / "future", "python3", "echo usable 3.99")
     stub(tmp_path / "bare", "python3", "echo lacks 3.12 ensurepip")

@@ -41,10 +41,7 @@ def test_the_script_is_the_one_kept(user, tmp_path):
 def test_a_mistake_is_one_line(words, says, user, tmp_path):
     for name, text in {"empty": "# nothing\n", "words": "seed=1\n", "good": "--seed=1\n", "quotes": "--a='b\n"}.items():
         (tmp_path / name).write_text(text)
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for tool in ("sh", "dirname", "sort", "head"):
-        (tools / tool).symlink_to(next(path for path in (f"/usr/bin/{tool}", f"/bin/{tool}") if Path(path).exists()))
+    tools = checkout.tools(tmp_path / "tools")
     assert_mistake(launch("slurm", *words, cwd=tmp_path, env=user | {"PATH": str(tools)}), *says)
     assert not (tmp_path / "runs").exists()
 
