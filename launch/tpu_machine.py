@@ -85,6 +85,13 @@ class Machine(NamedTuple):
                 return said or UNKNOWN, ""
         return READY, ""
 
+    def check_access(self) -> None:
+        """Refuses to begin where gcloud has no account or no project to ask with."""
+        state, why = self.look()
+        if state == UNKNOWN and REFUSED.search(why):
+            raise Mistake(f"gcloud cannot be asked about --zone={self.zone}: {reason(why)} (`gcloud auth login`, "
+                          "--project=ID or `gcloud config set project ID`)")
+
     def do(self, command: list[str]) -> str:
         """What a command for the machine prints; where it fails, whether the machine was lost or something broke."""
         done = call(command)
@@ -104,8 +111,8 @@ class Machine(NamedTuple):
                 say(f"{self.name}: {state.lower()}")
                 told = state
             silent = silent + 1 if state == UNKNOWN else 0
-            if silent > 10 or (silent and REFUSED.search(why)):
-                raise (Mistake if silent == 1 else Broken)(f"gcloud does not say how {self.name} is: {reason(why)}")
+            if silent > 10:
+                raise Broken(f"gcloud does not say how {self.name} is: {reason(why)}")
             if state == NONE and created:
                 raise Broken("the machine was created and is not there")
             if state == NONE:

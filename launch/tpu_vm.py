@@ -134,6 +134,7 @@ def main(words: list[str]) -> int:
         dry_run(job)
         return DONE
     command_line.tool("gcloud", command_line.GET_GCLOUD)
+    job.machine.check_access()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     tell(job)

@@ -2,7 +2,8 @@
 
 In the folder $FAKE_GCLOUD: plan.json, calls (one a line), state.json, and host-N/, the home folders of the machine.
 The plan: "hosts"; "create", "delete": outcomes of the next calls, "" for success, else the error; "preempt": after how
-many looks (from when it was ready) each machine is taken away; "stop": likewise, a machine's experiment gets SIGTERM.
+many looks (from when it was ready) each machine is taken away; "stop": likewise, its experiment gets SIGTERM;
+"logged out": true.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def read() -> dict:
 
 
 def write(state: dict) -> None:
-    (HERE / "state.json").write_text(json.dumps(state))
+    """Whole or not at all: this process may be killed."""
+    (HERE / "state.new").write_text(json.dumps(state))
+    os.replace(HERE / "state.new", HERE / "state.json")
 
 
 def fail(message: str, status: int = 1) -> None:
@@ -72,6 +75,8 @@ def create(plan, state, flags, things, group) -> None:
 
 
 def describe(plan, state, flags, things, group) -> None:
+    if plan.get("logged out"):
+        fail("You do not currently have an active account selected.")
     if "now" not in state:
         fail("NOT_FOUND: Resource was not found")
     if state["now"] == "WAITING_FOR_RESOURCES" and state["looks"]:
