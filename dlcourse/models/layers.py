@@ -6,8 +6,11 @@ Images are (B, H, W, C). Every function keeps derivatives of any order and eithe
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +24,34 @@ BATCH = "batch"
 """Name of a mapped axis (`vmap`, `pmap`, `shard_map`) that divides a batch: statistics are then over all its parts."""
 
 
+_COMPILED_FOR: contextvars.ContextVar[str] = contextvars.ContextVar("_COMPILED_FOR", default="")
+
+
+def platform() -> str:
+    """What the layers are written for: "cpu", "gpu" or "tpu"; every form computes the same."""
+    return _COMPILED_FOR.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiled_for(name: str):
+    """What is traced inside takes the forms of this platform, such as a program compiled for a TPU that is not here.
+
+    A function that was traced before under `jit` keeps its form: trace a fresh one.
+    """
+    token = _COMPILED_FOR.set(name)
+    try:
+        yield
+    finally:
+        _COMPILED_FOR.reset(token)
+
+
 @functools.cache
-def _shifted_weight_gradient() -> bool:
-    """Whether this machine's weight gradients are quicker as shifted matrix products.
+def _cpu_lacks_avx512() -> bool:
+    """Whether weight gradients are quicker as shifted matrix products on this machine's CPU.
 
     XLA's CPU convolution transposed onto the kernel is 2.6-4 times slower than k*k matrix products
-    where the CPU has AVX2 but not AVX-512; with AVX-512 it is quicker. Accelerators: never.
+    where the CPU has AVX2 but not AVX-512; with AVX-512 it is quicker.
     """
-    if jax.default_backend() != "cpu":
-        return False
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     features = cpuinfo.read_text() if cpuinfo.exists() else ""
     return "avx2" in features and "avx512f" not in features
@@ -82,16 +104,16 @@ def convolve(images: jax.Array, kernel: jax.Array, stride: int = 1, padding: int
       (B, (H + 2p - k) // s + 1, (W + 2p - k) // s + 1, features).
     """
     padding = kernel.shape[0] // 2 if padding is None else padding
-    if stride == 1 and kernel.shape[0] > 1 and _shifted_weight_gradient():
+    if stride == 1 and kernel.shape[0] > 1 and platform() == "cpu" and _cpu_lacks_avx512():
         return _convolve_shifted(images, kernel, padding)
     return _convolve(images, kernel, stride, padding)
 
 
 def max_pool(images: jax.Array, window: int = 2, stride: int | None = None, padding: int = 0) -> jax.Array:
-    """Maximum over window x window pixels, as the maximum of strided slices.
+    """Maximum over window x window pixels, as the maximum of strided slices; on a TPU, as reduce_window.
 
-    XLA's reduce_window has a backward pass (select-and-scatter) that is some 15 times slower on a
-    CPU. Equal maxima share the gradient here, where reduce_window gives it to the first.
+    The backward pass of reduce_window (select-and-scatter) is some 15 times slower on a CPU, that of
+    the slices slower on a TPU. Equal maxima share the gradient of slices; reduce_window gives it to the first.
 
     Args:
       images: (B, H, W, C).
@@ -103,6 +125,8 @@ def max_pool(images: jax.Array, window: int = 2, stride: int | None = None, padd
       (B, (H + 2 padding - window) // stride + 1, …, C): what does not fill a window is left out.
     """
     stride = stride or window
+    if platform() == "tpu":
+        return nn.max_pool(images, (window, window), (stride, stride), ((padding, padding),) * 2)
     if padding:
         images = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-jnp.inf)
     height, width = ((size - window) // stride + 1 for size in images.shape[1:3])
@@ -136,14 +160,17 @@ class Conv(nn.Module):
     use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, x):
-        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal"), shape)
+        kernel, bias = self.weights(x.shape[-1])
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
-        return y
+        return y if bias is None else y + bias.astype(self.dtype)[None, None, None]
+
+    @nn.compact
+    def weights(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
+        """The kernel (k, k, channels, features) and the bias (features,), if any, for a caller that folds them."""
+        shape = (self.kernel, self.kernel, channels, self.features)
+        kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal"), shape)
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
 
 
 class BatchNorm(nn.Module):
@@ -163,9 +190,20 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, x):
-        shape = (x.shape[-1],)
+        factor, shift = self.fold(x.shape[-1], lambda: moments(x))
+        axes = tuple(range(x.ndim - 1))
+        return (x * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)).astype(self.dtype)
+
+    @nn.compact
+    def fold(self, channels: int, moments: Callable[[], tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+        """(a, c), each (channels,) float32, so that x a + c is x normalised.
+
+        Args:
+          channels: of x.
+          moments: the mean and the variance of each channel of x in this batch; asked while training alone.
+        """
+        shape = (channels,)
         scale, bias = self.param("scale", self.scale_init, shape), self.param("bias", nn.initializers.zeros, shape)
         running = [
             self.variable("batch_stats", name, init, shape, jnp.float32)
@@ -173,22 +211,24 @@ class BatchNorm(nn.Module):
         ]
         mean, var = (average.value for average in running)
         if self.train:
-            mean, var = _moments(x.astype(jnp.float32))
+            mean, var = moments()
             if not self.is_initializing():
                 for average, value in zip(running, (mean, var), strict=True):
                     average.value = 0.9 * average.value + 0.1 * value
         factor = scale * lax.rsqrt(var + 1e-5)
-        shift = bias - mean * factor
-        axes = tuple(range(x.ndim - 1))
-        return (x * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)).astype(self.dtype)
+        return factor, bias - mean * factor
 
 
-def _moments(x):
-    """Mean and variance of each channel."""
-    axes = tuple(range(x.ndim - 1))
-    moments = x.mean(axes), jnp.square(x).mean(axes)
-    try:
-        mean, square = lax.pmean(moments, BATCH)
-    except NameError:  # no such axis is mapped: this is the whole batch
-        mean, square = moments
+def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each channel over the batch, float32."""
+    x, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+    mean, square = over_batch(x.mean(axes), jnp.square(x).mean(axes))
     return mean, jnp.maximum(square - jnp.square(mean), 0.0)
+
+
+def over_batch(*means: jax.Array) -> tuple[jax.Array, ...]:
+    """Means over this part of a batch, made means over all of it where an axis BATCH is mapped."""
+    try:
+        return lax.pmean(means, BATCH)
+    except NameError:  # no such axis is mapped: this is the whole batch
+        return means

@@ -8,7 +8,8 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dlcourse.models.layers import BatchNorm, Conv, max_pool
+from dlcourse.models.folded import normalised_sum, normalised_then_pooled
+from dlcourse.models.layers import BatchNorm, Conv, max_pool, platform
 from dlcourse.models.taps import Edit, Taps
 
 
@@ -42,11 +43,17 @@ class Block(nn.Module):
         y = x
         for i, (features, kernel, stride) in enumerate(filters, start=1):
             last = i == len(filters)
-            y = conv(features, kernel, stride, name=f"conv{i}")(y)
-            y = norm(scale_init=nn.initializers.zeros if last else nn.initializers.ones, name=f"norm{i}")(y)
-            y = y if last else nn.relu(y)
-        if x.shape != y.shape:
-            x = norm(name="shortcut_norm")(conv(self.features, 1, self.stride, name="shortcut")(x))
+            filtered = conv(features, kernel, stride, name=f"conv{i}")
+            normal = norm(scale_init=nn.initializers.zeros if last else nn.initializers.ones, name=f"norm{i}")
+            y = y if last else nn.relu(normal(filtered(y)))
+        parts = [(filtered, normal, y)]
+        if x.shape[-1] != self.features or self.stride > 1:
+            shortcut = conv(self.features, 1, self.stride, name="shortcut")
+            parts.append((shortcut, norm(name="shortcut_norm"), x))
+        if self.bottleneck and platform() == "tpu":
+            y = normalised_sum(*parts)
+            return nn.relu(y if len(parts) == 2 else x + y)
+        y, x = ([normal(filtered(y)) for filtered, normal, y in parts] + [x])[:2]
         return nn.relu(x + y)
 
 
@@ -77,10 +84,16 @@ class ResNet(nn.Module):
         tap = Taps(edit)
         x = (images.astype(self.dtype) - 0.5) / 0.25
         kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        x = Conv(64, kernel, stride, dtype=self.dtype, name="stem")(x)
-        x = tap("stem", nn.relu(BatchNorm(train, dtype=self.dtype, name="stem_norm")(x)))
-        if self.stem == "imagenet":
-            x = tap("pool", max_pool(x, window=3, stride=2, padding=1))
+        conv = Conv(64, kernel, stride, dtype=self.dtype, name="stem")
+        norm = BatchNorm(train, dtype=self.dtype, name="stem_norm")
+        pool = partial(max_pool, window=3, stride=2, padding=1)
+        if self.stem == "imagenet" and platform() == "tpu" and "stem" not in tap.edit:
+            x, pooled = normalised_then_pooled(conv, norm, x, pool)
+            tap("stem", x)
+            x = tap("pool", pooled)
+        else:
+            x = tap("stem", nn.relu(norm(conv(x))))
+            x = tap("pool", pool(x)) if self.stem == "imagenet" else x
         for stage, count in enumerate(self.blocks, start=1):
             features = 64 * 2 ** (stage - 1) * (4 if self.bottleneck else 1)
             for i in range(1, count + 1):

@@ -43,11 +43,11 @@ def test_the_shifted_weight_gradient_has_no_convolution_over_the_kernel():
 
 @pytest.mark.parametrize("machine", ["avx2", "avx2 avx512f", ""])
 def test_the_form_follows_the_cpu(machine, monkeypatch):
-    layers._shifted_weight_gradient.cache_clear()
+    layers._cpu_lacks_avx512.cache_clear()
     monkeypatch.setattr(layers.pathlib.Path, "exists", lambda self: True)
     monkeypatch.setattr(layers.pathlib.Path, "read_text", lambda self: machine)
-    assert layers._shifted_weight_gradient() == (machine == "avx2")
-    layers._shifted_weight_gradient.cache_clear()
+    assert layers._cpu_lacks_avx512() == (machine == "avx2")
+    layers._cpu_lacks_avx512.cache_clear()
 
 
 @pytest.mark.parametrize(

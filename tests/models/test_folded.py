@@ -1,0 +1,102 @@
+"""The forms for accelerators compute what the plain ones do: values, statistics and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dlcourse import models
+from dlcourse.models import folded, layers
+from dlcourse.training import losses
+
+
+def arrays(*shapes, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def test_moments_of_a_product_come_from_those_of_its_factor_in_all_derivatives():
+    with jax.enable_x64(True):
+        x, w, dx, dw = arrays((3, 4, 5, 6), (6, 8), (3, 4, 5, 6), (6, 8))
+        x = x + 2  # far from centred, as what passes a threshold is
+
+        def direct(x, w):
+            y = (x @ w).reshape(-1, 8)
+            return jnp.sin(y.mean(0)).sum() + jnp.sin(y.var(0)).sum()
+
+        def folding(x, w):
+            mean, var = folded.product_moments(x, w)
+            return jnp.sin(mean).sum() + jnp.sin(var).sum()
+
+        def everything(f):
+            gradient = jax.grad(f, (0, 1))
+            return f(x, w), gradient(x, w), jax.jvp(f, (x, w), (dx, dw)), jax.jvp(gradient, (x, w), (dx, dw))
+
+        for one, other in zip(*(jax.tree.leaves(everything(f)) for f in (direct, folding)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+class Stem(nn.Module):
+    folds: bool
+
+    @nn.compact
+    def __call__(self, x):
+        conv, norm = layers.Conv(8, 3, name="conv"), layers.BatchNorm(True, name="norm")
+        if self.folds:
+            return folded.normalised_then_pooled(conv, norm, x, layers.max_pool)
+        y = nn.relu(norm(conv(x)))
+        return y, layers.max_pool(y)
+
+
+def test_the_pool_may_come_first_whatever_the_sign_of_the_scale():
+    (x,) = arrays((4, 8, 8, 3), dtype=np.float32)
+    variables = Stem(False).init(jax.random.key(0), x)
+    variables["params"]["norm"]["scale"] = jnp.array([1.0, -1.0, 0.1, -2.0, 0.5, -0.5, 3.0, 1.0])
+    variables["params"]["norm"]["bias"] = jnp.full(8, 0.3)
+
+    def outcome(folds):
+        def loss(params):
+            made, state = Stem(folds).apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return jnp.sin(made[1]).sum(), (made, state)
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    plain, ours = outcome(False), outcome(True)
+    assert all(np.ptp(leaf) > 0 for leaf in jax.tree.leaves(plain[0]))
+    for one, other in zip(*map(jax.tree.leaves, (plain, ours)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_network_is_the_same_in_the_forms_of_a_tpu(train):
+    model = models.create("resnet50,stem=imagenet", 10, (32, 32, 3))
+    model = model.clone(blocks=(2, 1))
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.random((8, 32, 32, 3), np.float32), "label": np.arange(8) % 10}
+    variables = model.init(jax.random.key(0), batch["image"])
+    noise = iter(np.random.default_rng(1).random(10**6, np.float32))
+    variables = jax.tree.map(lambda leaf: leaf + (0.1 + next(noise) if leaf.ndim == 1 else 0), variables)
+    state = {"batch_stats": variables["batch_stats"]}
+
+    def outcome(platform):
+        with layers.compiled_for(platform):
+            if not train:
+                return jax.jit(lambda v, x: model.apply(v, x))(variables, batch["image"])
+            loss = losses.cross_entropy(model)
+            gradient = jax.grad(lambda params: loss(params, state, batch, jax.random.key(0)), has_aux=True)
+            return jax.jit(gradient)(variables["params"])
+
+    plain, ours = outcome("cpu"), outcome("tpu")
+    for one, other in zip(*map(jax.tree.leaves, (plain, ours)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4 * np.abs(one).max())
+
+
+def test_an_edit_of_the_stem_is_not_lost_where_the_pool_comes_first():
+    model = models.create("resnet50,stem=imagenet", 10, (32, 32, 3)).clone(blocks=(1,))
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+    variables = model.init(jax.random.key(0), images)
+    with layers.compiled_for("tpu"):
+        _, taps = model.apply(variables, images, edit={"stem": lambda x: 0 * x + 3})
+        assert list(taps) == list(model.apply(variables, images)[1])
+    np.testing.assert_allclose(taps["pool"], 3)
