@@ -1,4 +1,4 @@
-"""Will it fit, how fast, how many chips? The exact training step of an experiment, compiled for chips that are not here.
+"""Will it fit, how fast, how many chips? An experiment's exact training step, compiled for chips that are not here.
 
     launch/plan --topology=v5e:4x4 classification --flagfile=experiments/presets/imagenet_resnet50.flags
     launch/plan --topology=v5e:2x2,v5e:16x16,v6e:4x4 --per_chip_batch=64,128 --hours=5 --price=1.2 classification ...

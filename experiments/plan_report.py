@@ -45,7 +45,7 @@ class Row:
         if not found.fits:
             return f"{self.name}: does not fit ({found.refused or used}); fewer images a chip, --accumulate or --fsdp"
         bound = "at best (data sheet), " if found.source == "roofline" else ""
-        return (f"{self.name}: {bound}{1e3 * found.seconds:.2f} ms a step, {found.images_per_second:.0f} images/s/chip, "
+        return (f"{self.name}: {bound}{_ms(found.seconds)} ms a step, {found.images_per_second:.0f} images/s/chip, "
                 f"{100 * self.share:.1f} % of peak, {used}")
 
 
@@ -101,7 +101,7 @@ def _memory(rows):
                       f"{found.capacity / GIB:.4g}", verdict])
     return {"title": "Memory of one chip, in GiB", "rows": lines,
             "header": ["topology/images a chip", *names, "in all", "capacity", "fits"],
-            "note": "The state is updated in place. Activations are all that the program holds beside what it is given."}
+            "note": "The state is updated in place. Activations: all that the program holds beside what it is given."}
 
 
 def _length(rows, hours, price):
@@ -133,7 +133,8 @@ def metrics(rows: list[Row]) -> dict[str, float]:
         one = row.estimate
         found[f"{row.name}/fits"] = float(one.fits)
         if one.fits:
-            found |= {f"{row.name}/step_ms": 1e3 * one.seconds, f"{row.name}/images_per_second_chip": one.images_per_second,
+            found |= {f"{row.name}/step_ms": 1e3 * one.seconds,
+                      f"{row.name}/images_per_second_chip": one.images_per_second,
                       f"{row.name}/share_of_peak": row.share, f"{row.name}/memory_gib": sum(one.memory.values()) / GIB,
                       f"{row.name}/cycles": float(one.cycles), f"{row.name}/compiled_flops": one.flops,
                       f"{row.name}/collective_bytes": float(sum(size for _, size in one.collectives.values())),

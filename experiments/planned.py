@@ -118,8 +118,8 @@ def _tfds(name: str, side: int) -> tuple[tuple[int, int, int], int, int]:
     try:
         info = tensorflow_datasets.builder(name, data_dir=tfds.data_dir()).info
     except Exception as error:  # an unknown name, version or configuration each raises another type
-        raise InputError(f"--dataset=tfds:{name}: {tfds.one_line(error)}; give --classes, --examples and --image_size") \
-            from error
+        raise InputError(f"--dataset=tfds:{name}: {tfds.one_line(error)}; "
+                         "give --classes, --examples and --image_size") from error
     shape = tfds.image_shape(name, info.features, side)
     known = EXAMPLES.get(name.partition("/")[0].partition(":")[0], 0)
     with contextlib.suppress(KeyError):

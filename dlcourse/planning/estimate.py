@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from dlcourse.contracts import InputError
 from dlcourse.models import layers
 from dlcourse.planning import program
 from dlcourse.planning.hardware import Topology
@@ -95,7 +94,8 @@ def of_tpu(topology: Topology, lower: Callable[[], Any], parts: dict[str, Any], 
     unpriced = sum(size for _, size in found.unpriced.values()) * here / chip.bandwidth
     used = compiled.memory_analysis()
     memory = {name: here * _held(tree) for name, tree in parts.items()}
-    memory |= {"activations": here * float(used.temp_size_in_bytes), "program": float(used.generated_code_size_in_bytes)}
+    memory["activations"] = here * float(used.temp_size_in_bytes)
+    memory["program"] = float(used.generated_code_size_in_bytes)
     return dataclasses.replace(
         plain, seconds=found.cycles / chip.clock + unpriced + links, collective_seconds=links,
         flops=here * compiled.cost_analysis()["flops"], memory=memory, cycles=found.cycles,

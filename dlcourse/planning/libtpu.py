@@ -68,8 +68,9 @@ def find(install: bool = True) -> Path:
         said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
         if library.exists():
             return library
-    raise InputError(f"the TPU compiler is not at {library}{f' and pip could not bring it ({said.strip()})' * bool(said)}"
-                     f"; where there is a network: {shlex.join(command)}; DLCOURSE_LIBTPU=FOLDER names another place")
+    tried = f" and pip could not bring it ({said.strip()})" if said else ""
+    raise InputError(f"the TPU compiler is not at {library}{tried}; where there is a network: {shlex.join(command)}; "
+                     "DLCOURSE_LIBTPU=FOLDER names another place")
 
 
 def surroundings(library: Path) -> dict[str, str]:

@@ -40,7 +40,8 @@ class Program:
 
 def size(type_text: str) -> int:
     """Bytes of the arrays that a type such as `(f32[64]{0}, bf16[8,2])` names."""
-    return sum(BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in _ARRAY.findall(type_text))
+    arrays = _ARRAY.findall(type_text)
+    return sum(BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays)
 
 
 def read(text: str) -> Program:

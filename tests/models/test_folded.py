@@ -100,3 +100,28 @@ def test_an_edit_of_the_stem_is_not_lost_where_the_pool_comes_first():
         _, taps = model.apply(variables, images, edit={"stem": lambda x: 0 * x + 3})
         assert list(taps) == list(model.apply(variables, images)[1])
     np.testing.assert_allclose(taps["pool"], 3)
+
+
+@pytest.mark.parametrize("model", ["vit_ti,patch=8"])
+def test_attention_is_the_same_in_the_forms_of_a_tpu(model):
+    model = models.create(model, 10, (32, 32, 3)).clone(depth=2)
+    batch = {"image": np.random.default_rng(0).random((4, 32, 32, 3), np.float32), "label": np.arange(4)}
+    made = {}
+    for platform in ("cpu", "tpu"):
+        with layers.compiled_for(platform):
+            params = jax.jit(lambda x: model.init(jax.random.key(0), x))(batch["image"])["params"]
+            # Larger weights, so that some tokens look at few others.
+            params = jax.tree.map(lambda leaf: 1.5 * leaf, params)
+            gradient = jax.grad(losses.cross_entropy(model), has_aux=True)
+            made[platform] = params, jax.jit(lambda p, g=gradient: g(p, {}, batch, jax.random.key(0)))(params)
+    for one, other in zip(*(jax.tree.leaves(made[platform]) for platform in made), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=3e-4 * np.abs(one).max())
+
+
+def test_gelu_in_bfloat16_is_off_by_less_than_its_rounding():
+    x = jnp.linspace(-12, 12, 24001).astype(jnp.bfloat16)
+    exact = np.asarray(nn.gelu(x.astype(jnp.float32), approximate=False))
+    with layers.compiled_for("tpu"):
+        ours = np.asarray(layers.gelu(x), np.float32)
+        np.testing.assert_array_equal(layers.gelu(exact), nn.gelu(exact, approximate=False))
+    assert np.all(np.abs(ours - exact) <= 6e-5 + np.abs(exact) * 2**-8)
