@@ -53,6 +53,8 @@ def status(main, Config, name: str, argv: list[str]) -> int:
     """Runs an experiment and returns its exit status; every failure is said on standard error."""
     before = signal.signal(signal.SIGTERM, _stop)
     try:
+        if "--doctor" in argv:
+            return _examine(Config(), [word for word in argv if word != "--doctor"])
         _execute(main, Config, name, argv)
         return DONE
     except KeyboardInterrupt:
@@ -70,6 +72,14 @@ def status(main, Config, name: str, argv: list[str]) -> int:
         return FAILED
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _examine(default, argv: list[str]) -> int:
+    """What launch/doctor says of this machine, for the data and the folder that the flags name."""
+    from experiments import doctor
+
+    values = by_name(parsing.parse(default, argv)[0])
+    return doctor.examine(values.get("workdir") or "runs", values.get("dataset") or "digits")
 
 
 class Interrupted(Exception):

@@ -200,6 +200,7 @@ def help_text(default, name: str, about: str) -> str:
         lines += textwrap.wrap(shown, width - 8, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "any experiment:",
               "  --flagfile=PATH", f"      read flags from a file, one a line, such as {PRESETS}/*.flags",
+              "  --doctor", "      examine this machine, as launch/doctor does, and stop",
               "  --help", "      show this and stop"]
     return "\n".join(lines)
 
