@@ -6,12 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands.commands import ROOT
 
 from dlcourse import models
 from dlcourse.contracts import InputError
@@ -20,6 +20,7 @@ from dlcourse.training import losses, optimizers, parallel
 from tests.training import together
 from tests.training.test_step import Tiny, batch
 
+ROOT = Path(__file__).resolve().parents[2]
 SPREADS = ["jit/4/1/1", "jit/4/2/1", "jit/2/1/1", "shard_map/4/1/1", "pmap/4/1/1"]
 SLOWLY = [pytest.param(name, spread, marks=() if name in ("linear", "mlp") else pytest.mark.slow)
           for name in models.names() for spread in (SPREADS if name in ("linear", "mlp", "vit_ti", "convnet")
