@@ -50,7 +50,8 @@ def test_help_explains_every_flag_at_once(tmp_path):
         start = said.stdout.index(f"--{field.name}=")
         assert field.metadata["help"].split()[0] in said.stdout[start:start + 200]
     flags = re.findall(r"^  --(\w+)", said.stdout, re.MULTILINE)
-    assert set(flags) == {"end", "flagfile", "doctor", "help"} | {f.name for c in concerns for f in dataclasses.fields(c)}
+    named = {field.name for concern in concerns for field in dataclasses.fields(concern)}
+    assert set(flags) == {"end", "flagfile", "doctor", "help"} | named
     assert "[32]" in said.stdout, "the experiment's own default is shown"
     headings = re.findall(r"^(\w+)[ \w]*:$", said.stdout, re.MULTILINE)
     assert headings == ["data", "model", "optimizer", "run", "toy", "any"]
