@@ -121,7 +121,7 @@ def _length(rows, hours, price):
         lines.append(line)
     images = rows[0].planned.images()
     note = (f"Training alone, {images:.4g} images. Another number of chips is taken to be as quick a chip as the "
-            "row's, which holds within 3 % where the images a chip stay the same.")
+            "row's, with as many images a chip: an assumption, which a row for that topology would check.")
     return {"title": f"How long{f', and chips for {hours:g} hours' if hours else ''}", "header": header, "rows": lines,
             "note": note}
 
