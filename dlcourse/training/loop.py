@@ -118,7 +118,7 @@ def fit(
                 settle()
                 save.call(step, state)
         settle()
-        if evaluate and step > first:
+        if evaluate and step > first and (step == steps or not _due(evaluate, step)):  # once, where a clock ends it
             evaluate.call(step, state, check)
         stop = agree(stopped(), False, False, wait=True)[0]
     except Interrupted:

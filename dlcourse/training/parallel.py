@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dlcourse.contracts import InputError, Loss
@@ -289,8 +288,3 @@ class Agreement:
 @functools.cache
 def _any(sharding):
     return jax.jit(lambda rows: rows.any(0), out_shardings=sharding)
-
-
-def everywhere(value: bool) -> bool:
-    """Whether `value` is true in every process."""
-    return jax.process_count() == 1 or bool(multihost_utils.process_allgather(np.array(value)).all())
