@@ -124,6 +124,7 @@ def test_disk(tmp_path, monkeypatch):
 
 
 def test_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # commands that ran before in this process set it
     (tmp_path / "program").write_bytes(bytes(3 * 10**6))
     assert "1 files, 3 MB" in worst(doctor_machine.cache(tmp_path))[1]
     assert worst(doctor_machine.cache(None))[0] == "warn"
