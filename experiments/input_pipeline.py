@@ -95,7 +95,7 @@ def batches_a_round(config: Config) -> int:
 def settle() -> None:
     """Waits until no thread reads data any more: what is timed next shall have the machine to itself."""
     for thread in threading.enumerate():
-        if thread.name.startswith("dlcourse-data"):
+        if thread.name.startswith("grain-prefetch"):
             thread.join()
 
 

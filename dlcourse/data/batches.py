@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,9 @@ ON_DEVICE = 2**30
 """An accelerator keeps splits of up to this many bytes in its own memory."""
 AHEAD = 2**22
 """Pixels in a batch from which on arrays, too, are read ahead; smaller batches cost less than handing them over."""
+
+LAST = 2**32
+"""No run makes as many steps."""
 
 
 def train_batches(split: Split, batch_size: int, *, seed: int, start: int = 0, part: tuple[int, int] = (0, 1),
@@ -41,7 +43,7 @@ def train_batches(split: Split, batch_size: int, *, seed: int, start: int = 0, p
     """
     rows = order.checked(len(split), batch_size, seed, part)
     read = on_accelerator(split, sharding)
-    return made(split, rows, itertools.count(start), read, as_bytes)
+    return made(split, rows, range(start, LAST), read, as_bytes)
 
 
 def eval_batches(split: Split, batch_size: int, *, part: tuple[int, int] = (0, 1),
@@ -62,10 +64,10 @@ def in_unit(batch: Batch) -> dict[str, Any]:
     return {**batch, "image": image.astype(jnp.float32) / 255} if image.dtype == jnp.uint8 else {**batch}
 
 
-def made(split: Split, rows: order.Order, steps, read, as_bytes: bool) -> Iterator[dict[str, Any]]:
+def made(split: Split, rows: order.Order, steps: range, read, as_bytes: bool) -> Iterator[dict[str, Any]]:
     """The batches of `steps`, through `read` where it is given, else the way that suits the split."""
     if read is None and (getattr(split, "decodes", False) or large(split, rows.share)):
-        return ahead.Ahead(split, rows, steps, as_bytes)
+        return ahead.ahead(split, rows, steps, as_bytes)
     return direct(read or (stored(split) if as_bytes else split.__getitem__), rows, steps)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dlcourse.contracts import InputError
-from dlcourse.models.layers import BatchNorm, Conv, max_pool
+from dlcourse.models.layers import BatchNorm, Conv, at_least_float32, max_pool
 from dlcourse.models.taps import Edit, Taps
 
 
@@ -44,7 +44,7 @@ class ConvNet(nn.Module):
             x = tap(f"relu{layer}", nn.relu(x))
             if pools:
                 x = tap(f"pool{stage + 1}", max_pool(x))
-        x = tap("features", x.mean((1, 2)).astype(jnp.float32))
+        x = tap("features", at_least_float32(x.mean((1, 2))))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))
         return logits, tap.finish()

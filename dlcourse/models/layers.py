@@ -141,6 +141,11 @@ def max_pool(images: jax.Array, window: int = 2, stride: int | None = None, padd
     return functools.reduce(jnp.maximum, (columns(tallest, j) for j in range(window)))
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """x as float32, or as it is where its type is more exact."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """x Phi(x), Phi the normal distribution function (Hendrycks & Gimpel 2016, section 2); any shape.
 
@@ -235,7 +240,7 @@ class BatchNorm(nn.Module):
 
 def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of each channel over the batch, float32."""
-    x, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+    x, axes = at_least_float32(x), tuple(range(x.ndim - 1))
     mean, square = over_batch(x.mean(axes), jnp.square(x).mean(axes))
     return mean, jnp.maximum(square - jnp.square(mean), 0.0)
 

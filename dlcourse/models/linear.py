@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dlcourse.models.layers import at_least_float32
 from dlcourse.models.taps import Edit, Taps
 
 
@@ -23,7 +24,7 @@ class Linear(nn.Module):
     def __call__(self, images, train: bool = False, edit: Edit | None = None):
         tap = Taps(edit)
         x = (images.astype(self.dtype) - 0.5) / 0.25
-        x = tap("features", x.reshape(len(x), -1).astype(jnp.float32))
+        x = tap("features", at_least_float32(x.reshape(len(x), -1)))
         logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))
         return logits, tap.finish()
 
@@ -54,7 +55,7 @@ class MLP(nn.Module):
         for layer in range(1, self.depth + 1):
             x = tap(f"dense{layer}", nn.Dense(self.width, dtype=self.dtype, kernel_init=he, name=f"dense{layer}")(x))
             x = tap(f"relu{layer}", nn.relu(x))
-        x = tap("features", x.astype(jnp.float32))
+        x = tap("features", at_least_float32(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))
         return logits, tap.finish()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dlcourse.models.folded import normalised_sum, normalised_then_pooled
-from dlcourse.models.layers import BatchNorm, Conv, max_pool, platform
+from dlcourse.models.layers import BatchNorm, Conv, at_least_float32, max_pool, platform
 from dlcourse.models.taps import Edit, Taps
 
 
@@ -100,6 +100,6 @@ class ResNet(nn.Module):
                 name = f"stage{stage}_block{i}"
                 stride = 2 if stage > 1 and i == 1 else 1
                 x = tap(name, Block(features, stride, self.bottleneck, self.dtype, name=name)(x, train))
-        x = tap("features", x.astype(jnp.float32).mean((1, 2)))
+        x = tap("features", at_least_float32(x).mean((1, 2)))
         logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))
         return logits, tap.finish()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dlcourse.contracts import InputError
-from dlcourse.models.layers import Conv, gelu, platform
+from dlcourse.models.layers import Conv, at_least_float32, gelu, platform
 from dlcourse.models.taps import Edit, Taps
 
 
@@ -16,7 +16,7 @@ class Attention(nn.Module):
 
     Attributes:
       heads: which split the D features evenly.
-      dtype: of the computation; the softmax is in float32.
+      dtype: of the computation; the softmax is in float32 at least.
     """
 
     heads: int
@@ -30,7 +30,8 @@ class Attention(nn.Module):
         # One product for the three of them; Glorot's limit for a D x D kernel is LeCun's for this one.
         projection = nn.Dense(3 * width, dtype=self.dtype, kernel_init=nn.initializers.lecun_uniform(), name="qkv")(x)
         query, key, value = jnp.moveaxis(projection.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        exact = jnp.promote_types(self.dtype, jnp.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=exact)
         weights = jax.nn.softmax(scores * (width // self.heads) ** -0.5, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, width)
         return nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out")(mixed)
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         x = x.astype(self.dtype)
         query, key, value = (jnp.einsum("btd,dhe->bhte", x, kernel[:, i]) + bias[i] for i in range(3))
         query = query * jnp.asarray(size**-0.5, self.dtype)
-        scores = jnp.einsum("bhqd,bhkd->bhkq", query, key).astype(jnp.float32)
+        scores = at_least_float32(jnp.einsum("bhqd,bhkd->bhkq", query, key))
         # The largest score cancels out: it keeps exp within its range and has no part in the gradient.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(2, keepdims=True)))
         mixed = jnp.einsum("bhkq,bhkd->bhqd", weights.astype(self.dtype), value)
@@ -147,7 +148,7 @@ class ViT(nn.Module):
         for layer in range(1, self.depth + 1):
             x = tap(f"block{layer}", Block(self.heads, self.dtype, name=f"block{layer}")(x))
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-        x = tap("features", x[:, 0].astype(jnp.float32))
+        x = tap("features", at_least_float32(x[:, 0]))
         logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))
         return logits, tap.finish()
 

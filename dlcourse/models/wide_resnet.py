@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dlcourse.contracts import InputError
-from dlcourse.models.layers import BatchNorm, Conv
+from dlcourse.models.layers import BatchNorm, Conv, at_least_float32
 from dlcourse.models.taps import Edit, Taps
 
 
@@ -71,6 +71,6 @@ class WideResNet(nn.Module):
                 features = 16 * 2 ** (stage - 1) * self.widen
                 x = tap(name, Block(features, stride, self.dropout, self.dtype, name=name)(x, train))
         x = tap("relu", nn.relu(BatchNorm(train, dtype=self.dtype, name="norm")(x)))
-        x = tap("features", x.astype(jnp.float32).mean((1, 2)))
+        x = tap("features", at_least_float32(x).mean((1, 2)))
         logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))
         return logits, tap.finish()

@@ -22,14 +22,15 @@ def test_large_batches_of_arrays_are_made_ahead_and_are_the_same(monkeypatch, dt
     monkeypatch.setattr(batches, "AHEAD", 0)
     monkeypatch.setattr(ahead, "cores", lambda: 3)
     monkeypatch.setattr(ahead, "ROWS", 18)  # bytes: a few examples at a time
-    assert isinstance(batches.train_batches(numbered(40), 16, seed=0), ahead.Ahead)
+    feed = batches.train_batches(numbered(40), 16, seed=0)
+    assert next(feed) and readers()
     for one, other in [*zip(plain, first(numbered(40, dtype), 16, 6, **how), strict=True),
                        *zip(evaluated, batches.eval_batches(numbered(40, dtype), 16), strict=True)]:
         same(one, other)
 
 
 def readers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("dlcourse-data")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]
 
 
 def wait_until_none_reads():

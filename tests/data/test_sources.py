@@ -80,7 +80,7 @@ def test_the_first_hundred_are_the_faces():
 
 
 def test_import_is_light():
-    code = ("import sys, dlcourse.data; heavy = {'jax', 'sklearn', 'skimage', 'tensorflow_datasets', 'PIL'}; "
+    code = ("import sys, dlcourse.data; heavy = {'jax', 'sklearn', 'skimage', 'tensorflow_datasets', 'grain', 'PIL'}; "
             "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -52,7 +52,8 @@ def test_every_network_learns_the_same_however_it_is_spread(name, spread, alone)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("name", ["linear", "mlp"])
+@pytest.mark.parametrize("name", ["linear", "mlp", *(pytest.param(name, marks=pytest.mark.slow)
+                                                     for name in ("vit_ti", "convnet"))])
 def test_in_float64_to_the_last_digits(name, spread):
     with jax.enable_x64(True):
         close(together.updated(f"{name}/{spread}/float64"), together.updated(f"{name}/jit/1/1/1/float64"), 1e-12)
