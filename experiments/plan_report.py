@@ -66,7 +66,7 @@ def _speed(rows):
         counted = row.planned.flops() * found.images
         lines.append([row.name, found.source, _ms(found.seconds), f"{found.images_per_second:.0f}",
                       f"{found.images_per_second * found.chips:.0f}", f"{100 * row.share:.1f}",
-                      f"{counted / 1e12:.2f} / {found.flops / 1e12:.2f}",
+                      f"{counted / 1e12:.3g} / {found.flops / 1e12:.3g}",
                       ", ".join(f"{count} {kind} {size / 2**20:.1f} MiB" for kind, (count, size)
                                 in found.collectives.items()) or "–",
                       _ms(found.collective_seconds), f"{found.compile_seconds:.0f}"] if found.fits
@@ -113,7 +113,7 @@ def _length(rows, hours, price):
         if not alone:
             lines.append([row.name, *["–"] * (len(header) - 1)])
             continue
-        line = [row.name, f"{alone:.2f}"] + [f"{alone * row.topology.chips * price:.2f}"] * bool(price)
+        line = [row.name, f"{alone:.3g}"] + [f"{alone * row.topology.chips * price:.2f}"] * bool(price)
         if hours:
             chips = row.chips_for(hours)
             line.append(str(chips) if chips else "more than can be rented together")
@@ -122,7 +122,7 @@ def _length(rows, hours, price):
     images = rows[0].planned.images()
     note = (f"Training alone, {images:.4g} images. Another number of chips is taken to be as quick a chip as the "
             "row's, with as many images a chip: an assumption, which a row for that topology would check.")
-    return {"title": f"How long{f', and chips for {hours:g} hours' if hours else ''}", "header": header, "rows": lines,
+    return {"title": f"How long{f', and chips for {hours:g} h' if hours else ''}", "header": header, "rows": lines,
             "note": note}
 
 
