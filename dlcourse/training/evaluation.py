@@ -66,12 +66,12 @@ def predictions(predict: Predict, split: Split, batch_size: int = 500, plan: Pla
     Args:
       predict: images -> logits.
       split: N examples.
-      batch_size: B, rounded up to what the plan's devices divide.
+      batch_size: B, at most N, rounded up to what the plan's devices divide.
       plan: how to divide the work, where `predict` works on arrays that lie on several devices.
     """
-    parts, size, part = [], batch_size, {}
+    parts, size, part = [], max(1, min(batch_size, len(split))), {}
     if plan is not None and plan.mesh.size > 1:
-        size = -(-batch_size // plan.mesh.size) * plan.mesh.size
+        size = -(-size // plan.mesh.size) * plan.mesh.size
         part = {"part": plan.part}
     for batch in batches.eval_batches(split, size, **part):
         batch = batch if plan is None else plan.place_batch(batch)
