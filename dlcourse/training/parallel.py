@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dlcourse.contracts import InputError, Loss
-from dlcourse.models.layers import BATCH
+from dlcourse.models.layers import BATCH, platform
 from dlcourse.training.state import TrainState
 from dlcourse.training.step import train_step
 
@@ -209,12 +209,12 @@ class Step:
 
 
 def _updates(step, state, batches):
-    """One update a batch, in a loop on the device; the loop is unrolled where there is one batch."""
+    """One update a batch, in a loop on the device; unrolled on a CPU, whose loops are slow (see `step`)."""
     if len(batches) == 1:
         state, metrics = step(state, batches[0])
         return state, jax.tree.map(lambda value: value[None], metrics)
     stacked = jax.tree.map(lambda *rows: jax.numpy.stack(rows), *batches)
-    return jax.lax.scan(step, state, stacked)
+    return jax.lax.scan(step, state, stacked, unroll=platform() == "cpu")
 
 
 def _whole(loss: Loss, plan: Plan) -> Loss:
