@@ -1,11 +1,17 @@
 """Commands as a user types them: a process of its own, its exit status and what it said."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPILED = tempfile.mkdtemp(prefix="dlcourse-compiled-")
+"""What one test compiled, the others need not compile again."""
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 TOY = '''"""A toy experiment: nothing is learned."""
 
@@ -67,7 +73,8 @@ if __name__ == "__main__":
 def surroundings(tmp_path: Path, **more: str) -> dict[str, str]:
     """A user's environment: nothing of this test session's, and a home of its own."""
     keep = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-    return keep | {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | more
+    return keep | {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+                   "JAX_COMPILATION_CACHE_DIR": COMPILED} | more
 
 
 def run(words: list[str], cwd: Path, **more: str) -> subprocess.CompletedProcess:

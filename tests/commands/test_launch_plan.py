@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from tests.commands.commands import run
+from commands import run
 
 from dlcourse import models
 from dlcourse.contracts import InputError
