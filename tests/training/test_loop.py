@@ -4,6 +4,7 @@ import itertools
 import os
 import pathlib
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +108,23 @@ def test_a_signal_during_evaluation_leaves_it_to_the_next_session():
     assert [what for what in seen[2:] if what[0] != "begun"] == [("evaluated", 2), ("evaluated", 3), ("saved", 3)]
 
 
-def test_the_clock_ends_a_run_and_saves():
-    saved = []
+def test_the_clock_ends_a_run_and_saves(monkeypatch):
+    saved, ticks = [], itertools.count()
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: 0.01 * next(ticks)))
     done = loop.fit(fresh(), STEP, feed(), seconds=0.3, save=Every(lambda step, _: saved.append(step), seconds=1e-9))
     assert int(done.step) > 0 and saved[-1] == int(done.step) and len(saved) > 2
+
+
+@pytest.mark.parametrize("ends_after", [4, 5])
+def test_a_run_that_a_clock_ends_is_evaluated_once_at_its_last_step(ends_after):
+    seen, asked = [], []
+
+    def agree(stop, end, save, wait=False):
+        asked.append(wait)
+        return stop, len(asked) > ends_after, save
+
+    loop.fit(fresh(), STEP, feed(), seconds=1000.0, agree=agree, evaluate=Every(lambda step, *_: seen.append(step), 2))
+    assert seen == [2, 4] + [5] * (ends_after == 5)
 
 
 def test_what_another_process_asks_for_is_done_here():
