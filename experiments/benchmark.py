@@ -206,7 +206,7 @@ def batch_claim(times, batch_size: int) -> Claim:
     low, high = ratio_interval(ratios)
     return Claim(
         "L16.batch",
-        "How did it revive",
+        "How it revived",
         "One uniform operation on a whole batch is faster than image after image.",
         low > 1,
         Evidence(float(np.median(ratios)), 1.0, 1.0, (low, high), len(ratios)),

@@ -60,7 +60,8 @@ LECTURE = (
     Said("L14", "How it revived", "Until 2006 deep training failed; pre-training without labels, better estimation and "
          "regularisation mended it."),
     Said("L15", "How it revived", "There came to be many data.", ("input_pipeline", "transfer")),
-    Said("L16", "How it revived", "Uniform parallel operations on dense vectors are fast.", ("benchmark",)),
+    Said("L16", "How it revived", "Uniform parallel operations on dense vectors are fast.",
+         ("benchmark", "scaling", "tpu_steps")),
     Said("L17", "Tools", "Frameworks that anyone can use are free.", ("benchmark", "transfer")),
     Said("L18", "Limit 1", "Many clean data are needed: where they exist it works, elsewhere it does not.",
          ("transfer",)),
@@ -88,6 +89,7 @@ COMMANDS = (
     ("classification", "--flagfile=experiments/presets/faces.flags"),
     ("benchmark",),
     ("input_pipeline",),
+    ("scaling",),
 )
 """Experiment and flags of each run; a flag file's path is relative to the folder that holds `experiments/`."""
 

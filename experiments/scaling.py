@@ -154,7 +154,7 @@ def saving(config: Config, name: str) -> tuple[dict[str, float], Claim]:
                f"saving/{name}_blocked_seconds": float(np.median(times["blocked"])),
                f"saving/{name}_cost_seconds": float(np.median(cost)), f"saving/{name}_share_every_minute": share}
     return metrics, Claim(
-        f"L16.saving_{name}", "How did it revive",
+        f"L16.saving_{name}", "How it revived",
         f"Saving {name} parameters with their optimizer state every minute takes at most 2 % of the time.",
         high <= 0.02, Evidence(share, 0.0, 0.02, (low, high), len(cost)),
         f"Time of {count} steps with a save begun before them, less that of as many without, in turns; over 60 s. "

@@ -70,14 +70,14 @@ CAVEAT = "The TPU compiler's estimate, which is the same at every run: no interv
 
 def quicker(name: str, ratio: float) -> Claim:
     """The speed of our step against that of the plain one."""
-    return Claim(f"L16.tpu_{name}", "How did it revive", f"Compiled for a TPU, our step of {name} is no slower than "
+    return Claim(f"L16.tpu_{name}", "How it revived", f"Compiled for a TPU, our step of {name} is no slower than "
                  "the same network as the Flax examples write it.", ratio >= 1,
                  Evidence(ratio, 1.0, 1.0, (ratio, ratio), 1), f"Images a second, ours / plain. {CAVEAT}")
 
 
 def flat(name: str, few: int, many: int, ratio: float) -> Claim:
     """The time of our step on many chips against that on few."""
-    return Claim(f"L16.tpu_{name}_{many}", "How did it revive", f"With as many images a chip, a step of {name} takes "
+    return Claim(f"L16.tpu_{name}_{many}", "How it revived", f"With as many images a chip, a step of {name} takes "
                  f"within 3 % as long on {many} chips as on {few}.", abs(ratio - 1) <= 0.03,
                  Evidence(ratio, 1.0, 1.03, (ratio, ratio), 1), f"Time, {many} / {few} chips. {CAVEAT} Collectives "
                  "count by their bytes over the links, without latency.")
