@@ -70,9 +70,9 @@ def table(results: Path) -> str:
 
 
 def _row(name: str, recipe: dict[str, Any]) -> tuple[str, ...]:
-    claims = recipe["claims"]
+    claims, seed = recipe["claims"], "–" if recipe["seed"] is None else str(recipe["seed"])
     return (f"[{name}](experiments/results/{name}.json)", f"`{recipe['command']}`", recipe["data"], recipe["hardware"],
-            duration(60 * recipe["minutes"]), "–" if recipe["seed"] is None else str(recipe["seed"]), _score(recipe["score"]),
+            duration(60 * recipe["minutes"]), seed, _score(recipe["score"]),
             f"{sum(claim['holds'] for claim in claims)} of {len(claims)} hold" if claims else "–", recipe["date"])
 
 
