@@ -23,9 +23,10 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, apart: bool = False):
         if platform() == "tpu":
-            return self.by_heads(x)
+            return self.by_heads(x, apart)
+        assert not apart
         batch, tokens, width = x.shape
         # One product for the three of them; Glorot's limit for a D x D kernel is LeCun's for this one.
         projection = nn.Dense(3 * width, dtype=self.dtype, kernel_init=nn.initializers.lecun_uniform(), name="qkv")(x)
@@ -36,29 +37,54 @@ class Attention(nn.Module):
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, width)
         return nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="out")(mixed)
 
-    def by_heads(self, x):
+    def by_heads(self, x, apart: bool = False):
         """The same with the same parameters, laid out for a TPU: every map is made head by head as it is needed.
 
         Scores have the keys before the queries, so that the softmax adds over rows; they are divided by their sum
         only after the product with V, where there are 64 numbers a query instead of one a key. The gradient then
         needs no sum over the scores either: that of the sum comes through the mixed values.
+
+        Args:
+          x: (B, T, D).
+          apart: give the results of the first token, (B, 1, D), and of the others, (B, T - 1, D), one not needing
+            the other.
         """
         width = x.shape[-1]
         size = width // self.heads
         kernel, bias = Weights(3 * width, nn.initializers.lecun_uniform(), name="qkv")(width)
         kernel = kernel.astype(self.dtype).reshape(width, 3, self.heads, size)
         bias = bias.astype(self.dtype).reshape(3, 1, self.heads, 1, size)
+        out, out_bias = Weights(width, nn.initializers.xavier_uniform(), name="out")(width)
+        out = out.astype(self.dtype).reshape(self.heads, size, width)
         x = x.astype(self.dtype)
-        query, key, value = (jnp.einsum("btd,dhe->bhte", x, kernel[:, i]) + bias[i] for i in range(3))
-        query = query * jnp.asarray(size**-0.5, self.dtype)
-        scores = at_least_float32(jnp.einsum("bhqd,bhkd->bhkq", query, key))
-        # The largest score cancels out: it keeps exp within its range and has no part in the gradient.
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(2, keepdims=True)))
-        mixed = jnp.einsum("bhkq,bhkd->bhqd", weights.astype(self.dtype), value)
-        mixed = (mixed / weights.sum(2)[..., None]).astype(self.dtype)
-        kernel, bias = Weights(width, nn.initializers.xavier_uniform(), name="out")(width)
-        kernel = kernel.astype(self.dtype).reshape(self.heads, size, width)
-        return jnp.einsum("bhqd,hdo->bqo", mixed, kernel) + bias.astype(self.dtype)[None, None]
+
+        def project(i, x):
+            return jnp.einsum("btd,dhe->bhte", x, kernel[:, i]) + bias[i]
+
+        def queries(x):
+            return project(0, x) * jnp.asarray(size**-0.5, self.dtype)
+
+        def joined(mixed):
+            return jnp.einsum("bhqe,heo->bqo", mixed, out) + out_bias.astype(self.dtype)[None, None]
+
+        def seen_by(some):
+            query, key, value = queries(some), project(1, x), project(2, x)
+            scores = at_least_float32(jnp.einsum("bhqe,bhke->bhkq", query, key))
+            # The largest score cancels out: it keeps exp within its range and has no part in the gradient.
+            weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(2, keepdims=True)))
+            mixed = jnp.einsum("bhkq,bhke->bhqe", weights.astype(self.dtype), value)
+            return joined((mixed / weights.sum(2)[..., None]).astype(self.dtype))
+
+        def seen_by_one(one):
+            # q (x W_k + b_k)^T = (q W_k^T) x^T + a constant, which the softmax forgets, and p (x W_v + b_v) =
+            # (p x) W_v + b_v: for one query that is less work than keys and values of all tokens.
+            wanted = jnp.einsum("bhqe,dhe->bhqd", queries(one), kernel[:, 1])
+            scores = at_least_float32(jnp.einsum("bhqd,bkd->bhqk", wanted, x))
+            weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+            mixed = jnp.einsum("bhqk,bkd->bhqd", weights, x)
+            return joined(jnp.einsum("bhqd,dhe->bhqe", mixed, kernel[:, 2]) + bias[2])
+
+        return (seen_by_one(x[:, :1]), seen_by(x[:, 1:])) if apart else seen_by(x)
 
 
 class Weights(nn.Module):
@@ -81,6 +107,9 @@ class Weights(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)) with four times the features inside (pre-norm).
 
+    Called with `apart`, on a TPU alone, it gives the first token and the others as two arrays, of which one needs no
+    part of the other's computation.
+
     Attributes:
       heads: of the attention.
       dtype: of the computation; normalisation statistics are float32.
@@ -90,7 +119,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, apart: bool = False):
         def norm(name):
             return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
 
@@ -99,10 +128,17 @@ class Block(nn.Module):
             glorot = nn.initializers.xavier_uniform()
             return nn.Dense(features, dtype=self.dtype, kernel_init=glorot, bias_init=small, name=name)
 
-        x = x + Attention(self.heads, self.dtype, name="attention")(norm("norm1")(x))
         width = x.shape[-1]
-        hidden = gelu(dense(4 * width, "mlp1")(norm("norm2")(x)))
-        return x + dense(width, "mlp2")(hidden)
+        attention, normed = Attention(self.heads, self.dtype, name="attention"), norm("norm1")(x)
+        norm2, mlp1, mlp2 = norm("norm2"), dense(4 * width, "mlp1"), dense(width, "mlp2")
+
+        def mlp(x):
+            return x + mlp2(gelu(mlp1(norm2(x))))
+
+        if not apart:
+            return mlp(x + attention(normed))
+        first, others = attention(normed, apart=True)
+        return mlp(x[:, :1] + first), mlp(x[:, 1:] + others)
 
 
 class ViT(nn.Module):
@@ -145,12 +181,26 @@ class ViT(nn.Module):
         stem = Conv(self.width, self.patch, self.patch, padding=0, use_bias=True, dtype=self.dtype, name="stem")
         x = tap("stem", stem(x))
         x = tap("tokens", self.tokens(x))
-        for layer in range(1, self.depth + 1):
+        for layer in range(1, self.depth):
             x = tap(f"block{layer}", Block(self.heads, self.dtype, name=f"block{layer}")(x))
+        x = self.last_block(x, tap)
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         x = tap("features", at_least_float32(x[:, 0]))
         logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))
         return logits, tap.finish()
+
+    def last_block(self, x, tap):
+        """The last block; on a TPU, without the tokens that are not classified, unless an edit may move them.
+
+        What nobody reads is not computed: the others go to the tap alone.
+        """
+        name = f"block{self.depth}"
+        block = Block(self.heads, self.dtype, name=name)
+        if platform() != "tpu":
+            return tap(name, block(x))
+        first, others = block(x, apart=True)
+        x = tap(name, jnp.concatenate([first, others], axis=1))
+        return x if name in tap.edit else first
 
     def tokens(self, patches):
         """(B, H/p, W/p, D) -> (B, 1 + HW/p^2, D): the class token first, positions added to all."""

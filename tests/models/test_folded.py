@@ -102,19 +102,59 @@ def test_an_edit_of_the_stem_is_not_lost_where_the_pool_comes_first():
     np.testing.assert_allclose(taps["pool"], 3)
 
 
-@pytest.mark.parametrize("model", ["vit_ti,patch=8"])
-def test_attention_is_the_same_in_the_forms_of_a_tpu(model):
-    model = models.create(model, 10, (32, 32, 3)).clone(depth=2)
-    batch = {"image": np.random.default_rng(0).random((4, 32, 32, 3), np.float32), "label": np.arange(4)}
-    made = {}
+@pytest.fixture(scope="module")
+def vit():
+    """A small network, images, and parameters large enough that some tokens look at few others; biases are not zero."""
+    model = models.create("vit_ti,patch=8", 10, (32, 32, 3)).clone(depth=2)
+    rng = np.random.default_rng(0)
+    images = rng.random((4, 32, 32, 3), np.float32)
+    params = jax.jit(lambda x: model.init(jax.random.key(0), x))(images)["params"]
+    params = jax.tree.map(lambda leaf: 1.5 * leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)
+                          * (leaf.ndim == 1), params)
+    return model, images, params
+
+
+def in_both_forms(function, *arguments):
+    """function(*arguments) in the forms of a CPU and of a TPU, leaf by leaf."""
+    made = []
     for platform in ("cpu", "tpu"):
         with layers.compiled_for(platform):
-            params = jax.jit(lambda x: model.init(jax.random.key(0), x))(batch["image"])["params"]
-            # Larger weights, so that some tokens look at few others.
-            params = jax.tree.map(lambda leaf: 1.5 * leaf, params)
-            gradient = jax.grad(losses.cross_entropy(model), has_aux=True)
-            made[platform] = params, jax.jit(lambda p, g=gradient: g(p, {}, batch, jax.random.key(0)))(params)
-    for one, other in zip(*(jax.tree.leaves(made[platform]) for platform in made), strict=True):
+            made.append(jax.jit(lambda *a: function(*a))(*arguments))
+    return zip(*map(jax.tree.leaves, made), strict=True)
+
+
+def test_attention_is_the_same_in_the_forms_of_a_tpu(vit):
+    model, images, params = vit
+    batch = {"image": images, "label": np.arange(4)}
+    shapes = [jax.tree.map(np.shape, params)]
+    with layers.compiled_for("tpu"):
+        shapes.append(jax.tree.map(np.shape, jax.eval_shape(model.init, jax.random.key(0), images)["params"]))
+    assert shapes[0] == shapes[1]
+    gradient = jax.grad(losses.cross_entropy(model), has_aux=True)
+    for one, other in in_both_forms(lambda p: gradient(p, {}, batch, jax.random.key(0)), params):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=3e-4 * np.abs(one).max())
+
+
+def test_taps_of_attention_are_the_same_in_the_forms_of_a_tpu(vit):
+    model, images, params = vit
+    with layers.compiled_for("tpu"):
+        names = list(jax.eval_shape(model.apply, {"params": params}, images)[1])
+    assert names == list(jax.eval_shape(model.apply, {"params": params}, images)[1])
+    for one, other in in_both_forms(lambda p: model.apply({"params": p}, images), params):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=3e-4 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("name", ["stem", "tokens", "block1", "block2", "features", "logits"])
+def test_an_edit_means_the_same_in_the_forms_of_a_tpu(vit, name):
+    model, images, params = vit
+
+    def outcome(added):
+        # Tokens change places, so that what is classified comes from others than the class token.
+        edit = {name: lambda x: jnp.roll(x, 1, axis=1) + added}
+        return jnp.sin(model.apply({"params": params}, images, edit=edit)[0]).sum()
+
+    shape = jax.eval_shape(model.apply, {"params": params}, images)[1][name].shape
+    for one, other in in_both_forms(jax.value_and_grad(outcome), jnp.zeros(shape)):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=3e-4 * np.abs(one).max())
 
 
