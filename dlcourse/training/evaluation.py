@@ -38,14 +38,17 @@ class Predictions(struct.PyTreeNode):
         return self.predicted == self.label
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model, variables, images):
-    return model.apply(variables, images)[0]
+@functools.lru_cache(maxsize=64)
+def _logits(model):
+    return jax.jit(lambda variables, images: model.apply(variables, images)[0])
 
 
 def predictor(model, variables) -> Predict:
-    """images -> logits with these variables, which stay arguments: new ones never recompile."""
-    return functools.partial(_logits, model, variables)
+    """images -> logits with these variables, which stay arguments: new ones never recompile.
+
+    A pytree whose leaves are the variables, so that it may itself be an argument of a compiled function.
+    """
+    return jax.tree_util.Partial(_logits(model), variables)
 
 
 def mirrored(predict: Predict) -> Predict:

@@ -1,0 +1,152 @@
+"""Attacks that follow the gradient of the loss with steps of a fixed size, and noise of the same size as a control."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dlcourse.adversarial import objectives
+from dlcourse.adversarial import threat as threats
+from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, inside, over_pixels, steepest
+from dlcourse.contracts import Predict
+
+
+def ascend(predict: Predict, images, labels, targets, objective):
+    """The gradient of the objective by the images, (B,H,W,C), the logits and the objective, from one pass each way.
+
+    Each example's gradient is its own, since the objectives of a batch are added up.
+    """
+    def total(images):
+        logits = predict(images)
+        values = objective(logits, labels, targets)
+        return values.sum(), (logits, values)
+
+    gradient, (logits, values) = jax.grad(total, has_aux=True)(images)
+    return gradient, logits, values
+
+
+@functools.partial(jax.jit, static_argnames=("objective",))
+def fgsm(key, predict: Predict, images, labels, threat: Threat, *, targets=None,
+         objective: str = "cross_entropy") -> AttackResult:
+    """One step of size eps: x + eps sign(grad L) for linf, eps grad L / |grad L| for l2 (Goodfellow et al. 2015, 4).
+
+    Args:
+      key: unused; the attack draws nothing.
+      predict: images -> logits, a pytree such as `evaluation.predictor` returns.
+      images: (B,H,W,C) in the box.
+      labels: (B,) the truth.
+      threat: of norm linf, l2 or l1.
+      targets: (B,) classes to be taken for, or None.
+      objective: of objectives.OBJECTIVES.
+    """
+    return n_fgsm(key, predict, images, labels, threat, targets=targets, objective=objective, noise=0.0, step=1.0,
+                  clip=True)
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "clip"))
+def n_fgsm(key, predict: Predict, images, labels, threat: Threat, *, targets=None, objective: str = "cross_entropy",
+           noise: float = 2.0, step: float = 1.0, clip: bool = True) -> AttackResult:
+    """One step from a noisy image: x + d + step eps sign(grad L(x + d)), d uniform of size noise eps.
+
+    de Jorge et al. 2022: noise 2, step 1, and in training no projection (`clip` false); as an attack on a threat the
+    result must be projected. Wong et al. 2020 (Fast-AT): noise 1, step 1.25, projected.
+
+    Args: as of `fgsm`, and
+      key: (), or (B,) keys.
+      noise, step: in units of eps.
+      clip: project onto the threat; else onto the box alone.
+    """
+    measure = objectives.OBJECTIVES[objective]
+    keys = example_keys(key, len(images))
+    # Without noise nothing is added, not even the rounding of a projection.
+    start = images + over_pixels(noise * jnp.asarray(threat.eps), images) * _unit_noise(keys, images, threat)
+    gradient, *_ = ascend(predict, start, labels, targets, measure)
+    moved = start + over_pixels(step * jnp.asarray(threat.eps), images) * steepest(gradient, threat.norm)
+    moved = inside(moved, images, threat) if clip else jnp.clip(moved, threat.low, threat.high)
+    return threats.result(predict, moved, images, labels, threat, measure, jnp.ones(len(images), jnp.int32), targets)
+
+
+def _unit_noise(keys, images, threat):
+    unbounded = Threat(eps=1.0, norm=threat.norm, low=-jnp.inf, high=jnp.inf)
+    return threats.random_start(keys, jnp.zeros_like(images), unbounded)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "restarts", "objective", "random_start"))
+def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, steps: int = 40,
+        step_size: float | None = None, restarts: int = 1, random_start: bool = True,
+        objective: str = "cross_entropy") -> AttackResult:
+    """x <- P(x + step_size steepest(grad L(x))), P the projection onto the threat (Madry et al. 2018, eq. 4).
+
+    Of all restarts the first image that fools the network is kept, else that of the largest objective at the end. The
+    loop ends once every example of the batch is fooled, and an example that is fooled stays as it is.
+
+    Args: as of `fgsm`, and
+      key: (), or (B,) keys.
+      steps: gradients a restart.
+      step_size: in pixels' units; default 2.5 eps / steps (Madry et al.'s rule for a ball crossed some 2.5 times).
+      restarts: from points drawn in the threat.
+      random_start: else the one start is the image itself.
+    """
+    measure = objectives.OBJECTIVES[objective]
+    keys = example_keys(key, len(images))
+    size = 2.5 * jnp.asarray(threat.eps) / steps if step_size is None else jnp.asarray(step_size)
+
+    def step(carry):
+        i, x, queries, done = carry
+        gradient, logits, _ = ascend(predict, x, labels, targets, measure)
+        done = done | fooled(logits, labels, targets)
+        moved = inside(x + over_pixels(size, x) * steepest(gradient, threat.norm), images, threat)
+        return i + 1, jnp.where(over_pixels(done, x), x, moved), queries + ~done, done
+
+    def restart(carry):
+        number, kept = carry
+        own = jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
+        x = threats.random_start(own, images, threat) if random_start else images
+        x = jnp.where(over_pixels(kept.success, x), kept.images, x)
+        _, x, queries, _ = jax.lax.while_loop(
+            lambda c: (c[0] < steps) & ~jnp.all(c[3]), step, (0, x, kept.queries, kept.success))
+        found = threats.result(predict, x, images, labels, threat, measure, queries, targets)
+        better = ~kept.success & (found.success | (found.loss > kept.loss))
+        return number + 1, jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old), found, kept) \
+            .replace(queries=jnp.where(kept.success, kept.queries, found.queries))
+
+    nothing = threats.result(predict, images, images, labels, threat, measure, jnp.zeros(len(images), jnp.int32), targets)
+    nothing = nothing.replace(loss=jnp.where(nothing.success, nothing.loss, -jnp.inf))
+    return jax.lax.while_loop(lambda c: (c[0] < restarts) & ~jnp.all(c[1].success), restart, (0, nothing))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("draws", "kind"))
+def noise(key, predict: Predict, images, labels, threat: Threat, *, targets=None, draws: int = 1,
+          kind: str = "uniform") -> AttackResult:
+    """The control of every attack: the worst of `draws` random changes of the same size.
+
+    Args: as of `fgsm`, and
+      key: (), or (B,) keys.
+      draws: tried one after another.
+      kind: "uniform", a point of the ball as `random_start` draws it; "sign", for linf a random corner of it; for l2
+        and l1 a random direction of full length, before the box.
+    """
+    keys = example_keys(key, len(images))
+
+    def draw(number):
+        own = jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
+        if kind == "uniform":
+            return threats.random_start(own, images, threat)
+        random = jax.vmap(lambda k, x: jax.random.normal(k, x.shape, x.dtype))(own, images)
+        unit = jnp.sign(random) if threat.norm == "linf" else random / over_pixels(threats.size(random, threat.norm), random)
+        return inside(images + over_pixels(threat.eps, images) * unit, images, threat)
+
+    def body(carry):
+        number, kept = carry
+        found = threats.result(predict, draw(number), images, labels, threat, objectives.margin, kept.queries, targets)
+        better = ~kept.success & (found.loss > kept.loss)
+        kept = jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old), found, kept).replace(
+            queries=jnp.where(kept.success, kept.queries, found.queries))
+        return number + 1, kept
+
+    nothing = threats.result(predict, images, images, labels, threat, objectives.margin,
+                             jnp.zeros(len(images), jnp.int32), targets)
+    nothing = nothing.replace(loss=jnp.where(nothing.success, nothing.loss, -jnp.inf))
+    return jax.lax.while_loop(lambda c: (c[0] < draws) & ~jnp.all(c[1].success), body, (0, nothing))[1]
