@@ -91,6 +91,7 @@ def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
     """
     measure = objectives.OBJECTIVES[objective]
     keys = example_keys(key, len(images))
+    start = threats.unchanged(predict, images, labels, threat, measure, targets)
     size = 2.5 * jnp.asarray(threat.eps) / steps if step_size is None else jnp.asarray(step_size)
 
     def step(carry):
@@ -112,9 +113,7 @@ def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
         return number + 1, jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old), found, kept) \
             .replace(queries=jnp.where(kept.success, kept.queries, found.queries))
 
-    nothing = threats.result(predict, images, images, labels, threat, measure, jnp.zeros(len(images), jnp.int32), targets)
-    nothing = nothing.replace(loss=jnp.where(nothing.success, nothing.loss, -jnp.inf))
-    return jax.lax.while_loop(lambda c: (c[0] < restarts) & ~jnp.all(c[1].success), restart, (0, nothing))[1]
+    return jax.lax.while_loop(lambda c: (c[0] < restarts) & ~jnp.all(c[1].success), restart, (0, start))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("draws", "kind"))
@@ -129,13 +128,15 @@ def noise(key, predict: Predict, images, labels, threat: Threat, *, targets=None
         and l1 a random direction of full length, before the box.
     """
     keys = example_keys(key, len(images))
+    start = threats.unchanged(predict, images, labels, threat, objectives.margin, targets)
 
     def draw(number):
         own = jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
         if kind == "uniform":
             return threats.random_start(own, images, threat)
         random = jax.vmap(lambda k, x: jax.random.normal(k, x.shape, x.dtype))(own, images)
-        unit = jnp.sign(random) if threat.norm == "linf" else random / over_pixels(threats.size(random, threat.norm), random)
+        length = over_pixels(threats.size(random, threat.norm), random)
+        unit = jnp.sign(random) if threat.norm == "linf" else random / length
         return inside(images + over_pixels(threat.eps, images) * unit, images, threat)
 
     def body(carry):
@@ -146,7 +147,4 @@ def noise(key, predict: Predict, images, labels, threat: Threat, *, targets=None
             queries=jnp.where(kept.success, kept.queries, found.queries))
         return number + 1, kept
 
-    nothing = threats.result(predict, images, images, labels, threat, objectives.margin,
-                             jnp.zeros(len(images), jnp.int32), targets)
-    nothing = nothing.replace(loss=jnp.where(nothing.success, nothing.loss, -jnp.inf))
-    return jax.lax.while_loop(lambda c: (c[0] < draws) & ~jnp.all(c[1].success), body, (0, nothing))[1]
+    return jax.lax.while_loop(lambda c: (c[0] < draws) & ~jnp.all(c[1].success), body, (0, start))[1]

@@ -53,7 +53,8 @@ class AttackResult(struct.PyTreeNode):
     queries: jax.Array
 
 
-def checked(threat: Threat, images, labels=None, *, norms=NORMS, targets=None, classes: int = 0, least: int = 2) -> None:
+def checked(threat: Threat, images, labels=None, *, norms=NORMS, targets=None, classes: int = 0,
+            least: int = 2) -> None:
     """Raises InputError for a threat, images, labels or targets that no attack can work with.
 
     Looks at concrete values alone: call it outside of jit.
@@ -202,3 +203,10 @@ def result(predict: Predict, images: jax.Array, originals: jax.Array, labels: ja
     logits = predict(images)
     return AttackResult(images, fooled(logits, labels, targets), objective(logits, labels, targets),
                         size(images - originals, threat.norm), queries + 1)
+
+
+def unchanged(predict: Predict, images: jax.Array, labels: jax.Array, threat: Threat, objective,
+              targets: jax.Array | None = None) -> AttackResult:
+    """The result of doing nothing, where attacks begin; any other loses to a real one where it does not succeed."""
+    found = result(predict, images, images, labels, threat, objective, jnp.zeros(len(images), jnp.int32), targets)
+    return found.replace(loss=jnp.where(found.success, found.loss, -jnp.inf))
