@@ -88,7 +88,7 @@ def sample_predictions(images: Callable[[np.ndarray], np.ndarray], labels: np.nd
         for ax, (index, image) in zip(part.subplots(1, columns, squeeze=False)[0], shown, strict=False):
             ax.axis("off")
             if index is not None:
-                _picture(ax, image)
+                picture(ax, image)
                 ax.text(0.5, -0.06, _verdict(labels[index], predicted[index], confidence[index], class_names),
                         transform=ax.transAxes, ha="center", va="top", fontsize=7.5, linespacing=1.3)
     said = " ".join(f"{title[:1].upper()}{title[1:]}: {_in_words(chosen, labels, predicted, confidence, class_names)}."
@@ -110,7 +110,8 @@ def _in_words(chosen, labels, predicted, confidence, class_names) -> str:
                      for i in chosen)
 
 
-def _picture(ax: Any, image: np.ndarray) -> None:
+def picture(ax: Any, image: np.ndarray) -> None:
+    """Draws (H, W, C) in [0, 1], grey unless C is 3."""
     image = thumbnail(image)
     if image.shape[-1] == 3:
         ax.imshow(image)
