@@ -1,0 +1,86 @@
+"""Makes apgd.npz: whom the authors' APGD (github.com/fra31/auto-attack, commit a392200) fools from given noise.
+
+    PYTHONPATH=<a checkout of auto-attack> python tests/adversarial/golden/make_apgd.py
+
+Needs torch and scikit-learn. A small network is trained on digits; its weights, the images and the starts' noise
+(as bytes) are stored with the success flags and, for each image, the largest objective that was reached.
+"""
+
+import pathlib
+
+import numpy as np
+import torch
+from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted, L1_projection
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+EPS = {"linf": 0.1, "l2": 0.55, "l1": 1.5}
+RUNS = {"linf_cross_entropy": ("linf", "ce"), "linf_dlr": ("linf", "dlr"), "l2_cross_entropy": ("l2", "ce"),
+        "linf_targeted_dlr": ("linf", "dlr-targeted"), "l1_cross_entropy": ("l1", "ce"),
+        "l1_targeted_dlr": ("l1", "dlr-targeted")}
+COUNT, STEPS = 400, 100
+
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def trained(images, labels):
+    torch.manual_seed(0)
+    net = network()
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(300):
+        rows = torch.randint(len(images), (128,))
+        noisy = images[rows] + 0.1 * torch.randn_like(images[rows])
+        optimizer.zero_grad()
+        F.cross_entropy(net(noisy), labels[rows]).backward()
+        optimizer.step()
+    return net
+
+
+def attacked(net, x, y, noise, norm, loss):
+    """Success flags and the best objective of one run from the noise."""
+    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
+    kind = APGDAttack_targeted if loss == "dlr-targeted" else APGDAttack
+    attack = kind(net, n_iter=STEPS, norm=name, eps=EPS[norm], device="cpu")
+    attack.loss = loss
+    attack.init_hyperparam(x)
+    if loss == "dlr-targeted":
+        attack.y_target = net(x).sort(dim=1)[1][:, -2]
+    if norm == "l1":
+        start = x + noise
+        start = start + L1_projection(x, noise, 3 * EPS[norm])
+        for radius, steps in ((3, 30), (2, 30), (1, 40)):
+            attack.eps, attack.n_iter = radius * EPS[norm], steps
+            start = start + L1_projection(x, start - x, attack.eps)
+            start, correct, best, _ = attack.attack_single_run(x, y, x_init=start)
+    else:
+        _, correct, best, _ = attack.attack_single_run(x, y, x_init=x + EPS[norm] * attack.normalize(noise))
+    return (~correct.bool()).numpy(), best.numpy()
+
+
+def main():
+    torch.set_num_threads(1)
+    data = load_digits()
+    grey, labels = data.data.reshape(-1, 1, 8, 8).astype(np.uint8), torch.tensor(data.target)
+    images = torch.tensor(grey / 16, dtype=torch.float32)
+    net = trained(images[:1200], labels[:1200])
+    with torch.no_grad():
+        right = (net(images[1200:]).argmax(1) == labels[1200:]).numpy().nonzero()[0][:COUNT] + 1200
+    noise = np.random.default_rng(0).integers(-127, 128, (COUNT, 1, 8, 8)).astype(np.int8)
+    stored = {"grey": grey[right, 0], "labels": labels[right].numpy().astype(np.int8), "noise": noise[:, 0]}
+    for name, value in zip(("kernel1", "bias1", "kernel2", "bias2", "kernel3", "bias3"), net.parameters(), strict=True):
+        stored[name] = value.detach().numpy()
+    for name, (norm, loss) in RUNS.items():
+        flags, best = attacked(net, images[right], labels[right], torch.tensor(noise / 127, dtype=torch.float32), norm,
+                               loss)
+        stored[name], stored[f"{name}_best"] = flags, best.astype(np.float16)
+        print(f"{name}: {flags.mean():.1%} fooled at {EPS[norm]}")
+    for norm, eps in EPS.items():
+        stored[f"eps_{norm}"] = np.float32(eps)
+    np.savez_compressed(pathlib.Path(__file__).with_name("apgd.npz"), **stored)
+
+
+if __name__ == "__main__":
+    main()
