@@ -29,8 +29,9 @@ def apgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None,
     P projects onto the threat, g is the direction of steepest ascent, a = .75; s begins at 2 eps, and at growing
     frequency an example whose objective oscillates halves it and goes on from its best point (Croce & Hein 2020,
     section 3, algorithm 1). For l1 g is sparse, as sparse as the best point yet is, and the radius shrinks from 3 eps
-    to eps on the way (Croce & Hein 2021, section 3). An example stops when it is fooled; of those that never are, the
-    point of the largest objective is returned.
+    to eps on the way (Croce & Hein 2021, section 3); its rule ends with two entries, not one, so that where one pixel
+    would do it needs up to twice the least eps. An example stops when it is fooled; of those that never are, the point
+    of the largest objective is returned.
 
     Args:
       key: (), or (B,) keys.
@@ -143,12 +144,17 @@ def shrinking(climb, start, images, threat: Threat, steps: int, done):
       As `ascent`.
     """
     parts = [-int(-share * steps // 1) for share in SHARES[:-1]]
-    queries = jnp.zeros(len(images), jnp.int32)
-    for radius, part in zip(RADII, [*parts, steps - sum(parts)], strict=True):
+
+    def one(carry, of):
+        start, queries = carry
+        radius, part, last = of
         ball = threat.replace(eps=radius * jnp.asarray(threat.eps))
-        start, more = climb(ball, inside_l1(start, images, ball), done, steps=part, settle=radius == 1)
-        queries = queries + more
-    return start, queries
+        reached, more = climb(ball, inside_l1(start, images, ball), done, steps=part, settle=last)
+        return (reached, queries + more), None
+
+    rounds = (jnp.asarray(RADII, images.dtype), jnp.asarray([*parts, steps - sum(parts)]),
+              jnp.asarray(RADII) == RADII[-1])
+    return jax.lax.scan(one, (start, jnp.zeros(len(images), jnp.int32)), rounds)[0]
 
 
 class _Climb(struct.PyTreeNode):
@@ -166,8 +172,8 @@ class _Climb(struct.PyTreeNode):
     queries: jax.Array
 
 
-def ascent(predict: Predict, images, labels, threat: Threat, start, done, *, aims, targets, measure, steps: int,
-           settle: bool = True):
+def ascent(predict: Predict, images, labels, threat: Threat, start, done, *, aims, targets, measure, steps,
+           settle=True):
     """One climb from `start`, (B,H,W,C) within the threat.
 
     Args:
@@ -177,8 +183,8 @@ def ascent(predict: Predict, images, labels, threat: Threat, start, done, *, aim
       aims: (B,) classes that the objective is to reach, or None.
       targets: (B,) classes without which an example is not fooled, or None for any but the label.
       measure: the objective.
-      steps: at most.
-      settle: stay where the network is fooled; else climb on.
+      steps: at most; a Python number, but for l1.
+      settle: bool, stay where the network is fooled; else climb on.
 
     Returns:
       (B,H,W,C), where the network was fooled or else the best point; and (B,) queries.
@@ -187,7 +193,7 @@ def ascent(predict: Predict, images, labels, threat: Threat, start, done, *, aim
 
     def look(x):
         gradient, logits, loss = ascend(predict, x, labels, aims, measure)
-        return gradient, loss, fooled(logits, labels, targets) if settle else jnp.zeros(len(x), bool)
+        return gradient, loss, fooled(logits, labels, targets) & settle
 
     def body(carry):
         i, at = carry
@@ -268,7 +274,7 @@ class _SparsePace:
     """The share of entries that move follows the best point's own; while that gets sparser steps are eps long."""
 
     def __init__(self, steps):
-        self.every = max(int(0.04 * steps), 1)
+        self.every = jnp.maximum(steps // 25, 1)
 
     def begin(self, start, loss, images, threat):
         step = jnp.broadcast_to(jnp.asarray(threat.eps, start.dtype), loss.shape)

@@ -18,6 +18,7 @@ class Expectation(struct.PyTreeNode):
     What is drawn is a function of the key, the image and the sample's number. So an image that moved meets fresh
     draws, as it would outside of an attack; the same image is judged the same twice; and no example's draws depend
     on its neighbours. To judge what an attack has found, take another key: the attack chose among its own draws.
+    One query of it is `samples` forward passes.
 
     Attributes:
       network: (key, images (B,H,W,C)) -> logits (B,K); a pytree such as jax.tree_util.Partial.
