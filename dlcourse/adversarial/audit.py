@@ -232,7 +232,7 @@ def _network(key, predict, images, labels, threat, clean, batch_size):
 def _curve_signs(points, runs, threat, most):
     eps, accuracy = (np.array([point[name] for point in points]) for name in ("eps", "accuracy"))
     start = max(float(np.max(threat.eps)), most / 4)
-    survive = [after / before for at, before, after in zip(eps, accuracy, accuracy[1:], strict=False)
+    survive = [float(after / before) for at, before, after in zip(eps, accuracy, accuracy[1:], strict=False)
                if at >= start * (1 - 1e-6) and before > 0.05]
     half = len(runs) // 2
     return {"flat_curve": max(survive, default=0.0), "survives_huge_eps": float(accuracy[-1]),
@@ -257,7 +257,7 @@ def _comparisons(left, correct, white, black, order, certified):
 THRESHOLDS = dict.fromkeys(SIGNS, 0.0) | {
     "norm_exceeded": 1.0, "lost_in_8_bits": 0.25, "stochastic": 1e-3, "batch_dependent": 1e-3, "quantised": 0.05,
     "zero_gradient": 0.01, "saturated_loss": 0.05, "black_box_beats_white_box": 0.01, "flat_curve": 0.98,
-    "survives_huge_eps": 0.01, "curve_rises": 0.02, "restarts_gain": 0.02, "order_violated": 0.01}
+    "survives_huge_eps": 0.01, "curve_rises": 0.02, "restarts_gain": 0.02, "order_violated": 0.02}
 ONE_IS_CHANCE = ("black_box_beats_white_box", "survives_huge_eps", "curve_rises", "restarts_gain", "order_violated",
                  "zero_gradient")
 

@@ -87,11 +87,11 @@ def huge(threat: Threat, images) -> float:
 def right_under(key, attack: Callable, predict: Predict, images, labels, threat: Threat,
                 batch_size: int) -> np.ndarray:
     """(N,) bool: neither misclassified nor fooled by the attack."""
-    parts = []
+    parts, eps = [], np.broadcast_to(np.asarray(threat.eps, np.float32), len(images))
     for start in range(0, len(images), batch_size):
-        some, truth = (jnp.asarray(values[start:start + batch_size]) for values in (images, labels))
+        some, truth, reach = (jnp.asarray(values[start:start + batch_size]) for values in (images, labels, eps))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(len(some)))
-        found = attack(keys, predict, some, truth, threat)
+        found = attack(keys, predict, some, truth, threat.replace(eps=reach))
         predicted = logits(predict, found.images, batch_size)
         clean = logits(predict, some, batch_size)
         parts.append(right(clean, np.asarray(truth)) & ~np.asarray(threats.fooled(jnp.asarray(predicted), truth)))

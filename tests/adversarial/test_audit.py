@@ -220,6 +220,34 @@ def test_8_bit_images_are_judged_and_successes_below_a_grey_level_noticed():
     assert "lost_in_8_bits" in found["flagged"]
 
 
+@pytest.mark.parametrize("accuracies, runs, sign, value", [
+    ([0.9, 0.6, 0.3, 0.0, 0.0], [0.3, 0.3, 0.3, 0.3], None, None),
+    ([0.9, 0.5, 0.4, 0.4, 0.0], [0.4, 0.4, 0.4, 0.4], "flat_curve", 1.0),  # from 0.25 to 0.5
+    ([0.9, 0.9, 0.9, 0.3, 0.0], [0.9, 0.9, 0.9, 0.9], None, None),  # robust up to the threat's eps is not flat
+    ([0.9, 0.6, 0.3, 0.2, 0.1], [0.3, 0.3, 0.3, 0.3], "survives_huge_eps", 0.1),
+    ([0.9, 0.4, 0.5, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], "curve_rises", 0.1),
+    ([0.9, 0.6, 0.5, 0.0, 0.0], [0.5, 0.4, 0.3, 0.2], "restarts_gain", 0.2)])
+def test_signs_of_an_attack_that_gets_stuck(accuracies, runs, sign, value):
+    points = [{"eps": eps, "accuracy": accuracy} for eps, accuracy in zip((0, 0.1, 0.25, 0.4, 0.5), accuracies,
+                                                                           strict=True)]
+    values = audits._curve_signs(points, runs, Threat(eps=0.25), 0.5)
+    flagged = {name: number for name, number in values.items() if audits._sign(name, number, 1000).flagged}
+    assert flagged == ({} if sign is None else {sign: pytest.approx(value)})
+
+
+def test_small_batches_and_an_eps_of_its_own_for_each_image_give_the_same():
+    weights, images, labels = trained()
+    predict = jax.tree_util.Partial(plain, weights)
+    whole, _ = quick({}, batch_size=COUNT)
+    parts, _ = quick({}, batch_size=40)
+    assert whole["curve"] == parts["curve"] and whole["restarts"] == parts["restarts"]
+    eps = np.where(np.arange(COUNT) < 50, 1e-4, 0.3)
+    attack = functools.partial(gradient.pgd, steps=10)
+    left = masking.right_under(KEY, attack, predict, images, labels, Threat(eps=eps), 40)
+    right = np.asarray(predict(images).argmax(-1) == labels)
+    assert np.array_equal(left[:50], right[:50]) and left[50:].mean() < 0.1
+
+
 @pytest.mark.parametrize("norm, order", [("linf", np.inf), ("l2", 2), ("l1", 1)])
 def test_norms_are_numpys(norm, order):
     change = np.random.default_rng(0).normal(size=(5, 4, 4, 3)).astype(np.float32)

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlcourse import models
 from dlcourse.adversarial import decision
 from dlcourse.adversarial.threat import Threat, example_keys
 from dlcourse.contracts import InputError
+from dlcourse.training import evaluation
 
 KEY = jax.random.key(0)
 
@@ -135,6 +137,18 @@ def test_targeted_from_the_nearest_image_of_the_target():
                                    start=start, steps=3)
     assert np.all(found.success) and np.all(predict(found.images).argmax(-1) == targets)
     assert np.all(found.norm < 0.9 * jnp.sqrt(jnp.square(start - images).sum((1, 2, 3))))
+
+
+def test_works_on_a_registered_network_with_convolutions_and_batch_norm():
+    model = models.create("convnet,width=4,stages=2,depth=1", 3, (8, 8, 1))
+    images = problem(count=6)[1]
+    predict = evaluation.predictor(model, model.init(KEY, images, train=False))
+    labels = predict(images).argmax(-1)
+    start = jnp.clip(images + 0.3 * jax.random.normal(KEY, images.shape), 0, 1)
+    found = decision.hop_skip_jump(KEY, predict, images, labels, Threat(norm="l2", eps=1.0), start=start, steps=2,
+                                   first_draws=25)
+    np.testing.assert_array_equal(found.success, np.asarray(predict(found.images).argmax(-1) != labels))
+    assert found.success.any() and np.all(np.isfinite(found.images))
 
 
 @pytest.mark.parametrize("attack, norm", [(decision.boundary, "linf"), (decision.hop_skip_jump, "l1")])
