@@ -1,0 +1,309 @@
+"""Defences as losses: (params, model_state, batch, key) -> (scalar, (model_state, metrics)).
+
+Images are attacked against the network as it is evaluated (running averages, no dropout, weights held fixed), then the
+network is trained on them as it is trained. Where eps or a weight is to change while training, give a function of the
+number of earlier batches: a loss knows its step by a counter in the model's state, where checkpoints keep it, which
+`with_clock` puts there. (With `accumulate` every part of a batch counts.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dlcourse.adversarial import bounds, gradient, objectives
+from dlcourse.adversarial import threat as threats
+from dlcourse.adversarial.objectives import picked
+from dlcourse.adversarial.threat import Threat, example_keys, over_pixels
+from dlcourse.contracts import InputError, Loss, Predict
+from dlcourse.models.layers import platform
+from dlcourse.streams import stream
+from dlcourse.training.evaluation import predictor
+from dlcourse.training.losses import cross_entropy, weighted_mean
+
+CLOCK = "clock"
+Schedule = float | Callable[[jax.Array], jax.Array]
+"""A number, or a function of the batches before this one, such as `optax.linear_schedule`."""
+
+
+class AdversarialLoss(NamedTuple):
+    """A Loss in two parts, so that `awp` may come between.
+
+    Attributes:
+      craft: (params, model_state, batch, key) -> attacked images (B,H,W,C), without a gradient.
+      judge: (params, model_state, batch, attacked, key) -> what a Loss returns.
+    """
+
+    craft: Callable[..., jax.Array]
+    judge: Callable[..., Any]
+
+    def __call__(self, params, model_state, batch, key):
+        attacked = self.craft(params, model_state, batch, stream(key, "attack"))
+        return self.judge(params, model_state, batch, attacked, key)
+
+
+def pgd_training(model, threat: Threat, *, steps: int = 10, step_size: float | None = None) -> AdversarialLoss:
+    """Cross-entropy on what PGD from a random start makes of the batch (Madry et al. 2018, eq. 2.1).
+
+    All steps are made, whether the network is fooled or not.
+
+    Args:
+      model: under the Model contract.
+      threat: of norm linf, l2 or l1.
+      steps: gradients.
+      step_size: in pixels' units; default eps / 4, Madry et al.'s 2 of 8 grey levels.
+
+    Returns:
+      A Loss whose `accuracy` is that on the attacked images.
+    """
+    def craft(params, model_state, batch, key):
+        images, labels = batch["image"], batch["label"]
+        predict = _evaluated(model, params, model_state)
+        start = threats.random_start(example_keys(key, len(images)), images, threat)
+        return _climb(lambda x: objectives.cross_entropy(predict(x), labels), start, images, threat, steps, step_size)
+
+    return AdversarialLoss(craft, _on_attacked(model))
+
+
+def fast_training(model, threat: Threat, *, noise: float = 2.0, step: float = 1.0,
+                  clip: bool = False) -> AdversarialLoss:
+    """Cross-entropy on single-step examples: N-FGSM (de Jorge et al. 2022, algorithm 1).
+
+    Fast-AT (Wong et al. 2020) is noise 1, step 1.25, clip true. Watch `single_step_gap`.
+
+    Args: as of `pgd_training` and `gradient.n_fgsm`.
+    """
+    def craft(params, model_state, batch, key):
+        found = gradient.n_fgsm(key, _evaluated(model, params, model_state), batch["image"], batch["label"], threat,
+                                noise=noise, step=step, clip=clip)
+        return jax.lax.stop_gradient(found.images)
+
+    return AdversarialLoss(craft, _on_attacked(model))
+
+
+def trades(model, threat: Threat, *, beta: float = 6.0, steps: int = 10,
+           step_size: float | None = None) -> AdversarialLoss:
+    """Cross-entropy(p(x), y) + beta KL(p(x) || p(x')), x' what raises that KL (Zhang et al. 2019, eq. 5).
+
+    The attack starts at x + 0.001 N(0, I), as the authors' code does; KL has no slope at x itself.
+
+    Args: as of `pgd_training`, and
+      beta: the weight of robustness.
+
+    Returns:
+      A Loss whose metrics are `loss`, `accuracy` (clean), `robust_accuracy` and `divergence` (the mean KL, nats).
+    """
+    def craft(params, model_state, batch, key):
+        images, predict = batch["image"], _evaluated(model, params, model_state)
+        clean = predict(images)
+        return _climb(lambda x: _kl(clean, predict(x)), _near(key, images, threat), images, threat, steps, step_size)
+
+    def judge(params, model_state, batch, attacked, key):
+        value, (state, metrics) = cross_entropy(model)(params, model_state, batch, key)
+        # The network sees the clean batch again for its logits; XLA computes one pass for both.
+        clean, _ = _trained(model, params, model_state, batch["image"], key)
+        logits, state = _trained(model, params, {**model_state, **state}, attacked, key)
+        divergence = weighted_mean(_kl(clean, logits), batch)
+        return _judged(value + beta * divergence, state, batch, clean, logits, divergence)
+
+    return AdversarialLoss(craft, judge)
+
+
+def mart(model, threat: Threat, *, weight: float = 5.0, steps: int = 10,
+         step_size: float | None = None) -> AdversarialLoss:
+    """BCE(p(x'), y) + weight KL(p(x) || p(x')) (1 - p_y(x)) (Wang et al. 2020, eq. 11).
+
+    BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x')); x' by PGD on cross-entropy from x + 0.001 N(0, I).
+
+    Args: as of `pgd_training`, and
+      weight: lambda, 5 in section 4.
+
+    Returns:
+      A Loss with the metrics of `trades`.
+    """
+    def craft(params, model_state, batch, key):
+        images, labels, predict = batch["image"], batch["label"], _evaluated(model, params, model_state)
+        return _climb(lambda x: objectives.cross_entropy(predict(x), labels), _near(key, images, threat), images,
+                      threat, steps, step_size)
+
+    def judge(params, model_state, batch, attacked, key):
+        labels = batch["label"]
+        clean, state = _trained(model, params, model_state, batch["image"], key)
+        logits, state = _trained(model, params, {**model_state, **state}, attacked, key)
+        log_p = jax.nn.log_softmax(logits)
+        # log(1 - p_k) of the strongest other class, without the difference of nearly equal numbers.
+        rival = objectives.others(log_p, labels).argmax(-1)
+        boosted = -picked(log_p, labels) - jax.nn.logsumexp(objectives.others(log_p, rival), -1)
+        unsure = 1.0 - picked(jax.nn.softmax(clean), labels)
+        divergence = weighted_mean(_kl(clean, logits) * unsure, batch)
+        return _judged(weighted_mean(boosted, batch) + weight * divergence, state, batch, clean, logits, divergence)
+
+    return AdversarialLoss(craft, judge)
+
+
+def awp(loss: AdversarialLoss, *, gamma: float = 0.01) -> AdversarialLoss:
+    """The loss at weights moved against it: w + v, v = gamma |w_l| g_l / |g_l| for each kernel (Wu et al. 2020, eq. 10).
+
+    g is the gradient at w on the same attacked images; kernels are the arrays of two axes and more. What the optimizer
+    is given is the gradient at w + v.
+
+    Args:
+      loss: pgd_training, trades or mart.
+      gamma: 0.01; 0.005 for TRADES (section 5).
+    """
+    def judge(params, model_state, batch, attacked, key):
+        slope = jax.grad(lambda p: loss.judge(p, model_state, batch, attacked, key)[0])(params)
+
+        def moved(weights, slope):
+            if weights.ndim < 2:
+                return weights
+            length = jnp.linalg.norm(slope)
+            by = gamma * jnp.linalg.norm(weights) * slope / jnp.where(length > 0, length, 1.0)
+            return weights + jax.lax.stop_gradient(by)
+
+        return loss.judge(jax.tree.map(moved, params, slope), model_state, batch, attacked, key)
+
+    return AdversarialLoss(loss.craft, judge)
+
+
+def gaussian_augmentation(loss: Loss, sigma: float) -> Loss:
+    """The loss on images with N(0, sigma^2) noise, not clipped: what `smoothing` needs (Cohen et al. 2019, 3.3)."""
+    def noisy(params, model_state, batch, key):
+        drawn = jax.random.normal(stream(key, "gaussian"), batch["image"].shape, batch["image"].dtype)
+        return loss(params, model_state, {**batch, "image": batch["image"] + sigma * drawn}, key)
+
+    return noisy
+
+
+def ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa: Schedule = 0.5) -> Loss:
+    """kappa CE(z(x), y) + (1 - kappa) CE(z_worst, y), z_worst by interval bounds (Gowal et al. 2018, eq. 12).
+
+    z_worst_k = -min(z_y - z_k) over the threat, 0 at y. Bounds are those of the network as it is evaluated, with the
+    running averages after this batch, which are held fixed.
+
+    Args:
+      model: under the Model contract, of primitives that `bounds` follow.
+      threat: its eps is the last one.
+      eps: a schedule in its place, from 0 on.
+      kappa: from 1 down to 0.5 in section 4.
+
+    Returns:
+      A Loss whose metrics are `loss`, `accuracy` (clean), `certified_accuracy` and `eps`.
+
+    Raises:
+      InputError: a schedule without `with_clock`.
+    """
+    return _certified(model, threat, eps, kappa, 0.0)
+
+
+def crown_ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa: Schedule = 0.0,
+                   beta: Schedule = 1.0) -> Loss:
+    """As `ibp_loss` with bounds beta (CROWN-IBP) + (1 - beta) (IBP) (Zhang et al. 2020, eq. 10).
+
+    Args: as of `ibp_loss`, and
+      beta: from 1 down to 0 while eps grows.
+    """
+    return _certified(model, threat, eps, kappa, beta)
+
+
+def with_clock(model_state: dict[str, Any]) -> dict[str, Any]:
+    """The model's state with a counter of batches, which schedules read: put it into a fresh TrainState."""
+    # float32, exact up to 16 million, so that replicas may average it.
+    return {**model_state, CLOCK: {"batches": jnp.zeros((), jnp.float32)}}
+
+
+def single_step_gap(key, predict: Predict, images, labels, threat: Threat, *, steps: int = 10) -> dict[str, jax.Array]:
+    """Accuracies on a training batch under FGSM and PGD, and `gap`, PGD's minus FGSM's: far below 0 is overfitting.
+
+    Wong et al. 2020, section 5.4: a network trained against single steps may come to withstand only these.
+    """
+    single = gradient.fgsm(key, predict, images, labels, threat).success.mean()
+    many = gradient.pgd(key, predict, images, labels, threat, steps=steps).success.mean()
+    return {"fgsm_accuracy": 1 - single, "pgd_accuracy": 1 - many, "gap": single - many}
+
+
+def overfitted(gap, *, limit: float = 0.2) -> jax.Array:
+    """Whether the alarm of catastrophic overfitting fires: `gap` below -limit.
+
+    In a sound network PGD costs a few points more than FGSM; once overfitted, nearly all of FGSM's accuracy.
+    """
+    return jnp.asarray(gap) < -limit
+
+
+def _evaluated(model, params, model_state) -> Predict:
+    state = {name: value for name, value in model_state.items() if name != CLOCK}
+    return predictor(model, jax.lax.stop_gradient({"params": params, **state}))
+
+
+def _trained(model, params, model_state, images, key):
+    (logits, _), state = model.apply({"params": params, **model_state}, images, train=True, mutable=list(model_state),
+                                     rngs={"dropout": stream(key, "dropout")})
+    return logits, state
+
+
+def _on_attacked(model):
+    def judge(params, model_state, batch, attacked, key):
+        return cross_entropy(model)(params, model_state, {**batch, "image": attacked}, key)
+
+    return judge
+
+
+def _near(key, images, threat):
+    draw = jax.vmap(lambda k, x: jax.random.normal(k, x.shape, x.dtype))
+    return threats.inside(images + 0.001 * draw(example_keys(key, len(images)), images), images, threat)
+
+
+def _climb(objective, start, images, threat, steps, size):
+    size = over_pixels(jnp.asarray(threat.eps) / 4 if size is None else size, images)
+
+    def step(x, _):
+        slope = jax.grad(lambda x: objective(x).sum())(x)
+        return threats.inside(x + size * threats.steepest(slope, threat.norm), images, threat), None
+
+    # On a CPU, convolutions in a loop of XLA's are some 20 times slower than outside of it.
+    reached, _ = jax.lax.scan(step, start, None, length=steps, unroll=platform() == "cpu")
+    return jax.lax.stop_gradient(reached)
+
+
+def _kl(clean, attacked):
+    """KL(softmax(clean) || softmax(attacked)), (B,K) twice -> (B,)."""
+    log_p, log_q = jax.nn.log_softmax(clean), jax.nn.log_softmax(attacked)
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def _judged(value, state, batch, clean, attacked, divergence):
+    accuracy, robust = (weighted_mean((z.argmax(-1) == batch["label"]).astype(jnp.float32), batch)
+                        for z in (clean, attacked))
+    return value, (state, {"loss": value, "accuracy": accuracy, "robust_accuracy": robust, "divergence": divergence})
+
+
+def _certified(model, threat, eps, kappa, beta):
+    def loss(params, model_state, batch, key):
+        clock = model_state.get(CLOCK)
+
+        def now(schedule):
+            if callable(schedule) and clock is None:
+                raise InputError("a schedule needs to know the step: make the model's state with "
+                                 "defences.with_clock(model_state)")
+            return schedule(clock["batches"]) if callable(schedule) else schedule
+
+        own = {name: value for name, value in model_state.items() if name != CLOCK}
+        plain, (state, metrics) = cross_entropy(model)(params, own, batch, key)
+        predict = predictor(model, {"params": params, **jax.lax.stop_gradient({**own, **state})})
+        within = threat.replace(eps=jnp.asarray(threat.eps if eps is None else now(eps), jnp.float32))
+        args = (predict, batch["image"], batch["label"], within)
+        worst = bounds.ibp(*args, sound=False)
+        if callable(beta) or beta:
+            share = now(beta)
+            worst = share * bounds.crown(*args, intermediate="ibp", sound=False) + (1 - share) * worst
+        share = now(kappa)
+        value = share * plain + (1 - share) * weighted_mean(objectives.cross_entropy(-worst, batch["label"]), batch)
+        sure = bounds.certified(worst, batch["label"]).astype(jnp.float32)
+        metrics = {**metrics, "loss": value, "certified_accuracy": weighted_mean(sure, batch), "eps": within.eps}
+        ticked = {} if clock is None else {CLOCK: {"batches": clock["batches"] + 1}}
+        return value, ({**own, **state, **ticked}, metrics)
+
+    return loss
