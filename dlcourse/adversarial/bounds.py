@@ -170,7 +170,7 @@ class _Network:
         self.values: list[Interval] = [region.box.widened(unit(sound) * region.box.size)]
         self.gaps: dict[int, Interval] = {}  # of x - y for every max(x, y)
         self.slopes: dict[int, jax.Array] = {}  # the lower ones, with a leading axis of one for all rows
-        affine = {0}  # what depends on the image by linear layers alone; a ball's bounds of that are better than a box's
+        affine = {0}  # depends on the image by linear layers alone: a ball's bounds are better than those of its box
         for number, equation in enumerate(self.equations[1:], 1):
             straight = affine.issuperset(equation.refs)
             if straight and equation.name in AFFINE:

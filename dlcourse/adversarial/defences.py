@@ -22,7 +22,7 @@ from dlcourse.contracts import InputError, Loss, Predict
 from dlcourse.models.layers import platform
 from dlcourse.streams import stream
 from dlcourse.training.evaluation import predictor
-from dlcourse.training.losses import cross_entropy, weighted_mean
+from dlcourse.training.losses import cross_entropy, targets, weighted_mean
 
 CLOCK = "clock"
 Schedule = float | Callable[[jax.Array], jax.Array]
@@ -102,12 +102,11 @@ def trades(model, threat: Threat, *, beta: float = 6.0, steps: int = 10,
         return _climb(lambda x: _kl(clean, predict(x)), _near(key, images, threat), images, threat, steps, step_size)
 
     def judge(params, model_state, batch, attacked, key):
-        value, (state, metrics) = cross_entropy(model)(params, model_state, batch, key)
-        # The network sees the clean batch again for its logits; XLA computes one pass for both.
-        clean, _ = _trained(model, params, model_state, batch["image"], key)
+        clean, state = _trained(model, params, model_state, batch["image"], key)
+        plain = -jnp.sum(targets(batch, clean.shape[-1]) * jax.nn.log_softmax(clean), -1)
         logits, state = _trained(model, params, {**model_state, **state}, attacked, key)
         divergence = weighted_mean(_kl(clean, logits), batch)
-        return _judged(value + beta * divergence, state, batch, clean, logits, divergence)
+        return _judged(weighted_mean(plain, batch) + beta * divergence, state, batch, clean, logits, divergence)
 
     return AdversarialLoss(craft, judge)
 
@@ -145,7 +144,7 @@ def mart(model, threat: Threat, *, weight: float = 5.0, steps: int = 10,
 
 
 def awp(loss: AdversarialLoss, *, gamma: float = 0.01) -> AdversarialLoss:
-    """The loss at weights moved against it: w + v, v = gamma |w_l| g_l / |g_l| for each kernel (Wu et al. 2020, eq. 10).
+    """The loss at weights moved against it: w + v, v = gamma |w_l| g_l / |g_l| for kernels (Wu et al. 2020, eq. 10).
 
     g is the gradient at w on the same attacked images; kernels are the arrays of two axes and more. What the optimizer
     is given is the gradient at w + v.

@@ -93,7 +93,7 @@ def certify(key, predict: Predict, images, sigma: float, *, selection: int = 100
 
 
 def judge(chosen: np.ndarray, hits: np.ndarray, samples: int, sigma: float, alpha: float) -> Smoothed:
-    """The certificates of classes (B,) that were predicted `hits` (B,) times of `samples`: the host's part of CERTIFY."""
+    """The certificates of classes (B,) that were predicted `hits` (B,) times: the host's part of CERTIFY."""
     probability = lower_bound(hits, samples, alpha)
     sure = probability > 0.5
     radius = np.where(sure, sigma * stats.norm.ppf(np.where(sure, probability, 0.5)), 0.0)

@@ -1,4 +1,4 @@
-"""Makes bounds.npz: bounds of small networks by auto_LiRPA 0.7.1 (Verified-Intelligence/auto_LiRPA, commit a050a3d), torch.
+"""Makes bounds.npz: bounds of small networks by auto_LiRPA 0.7.1 (Verified-Intelligence/auto_LiRPA, commit a050a3d).
 
     python tests/adversarial/golden/make_bounds.py
 
