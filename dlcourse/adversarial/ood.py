@@ -34,7 +34,7 @@ def energy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
 
 @jax.jit
 def odin(predict: Predict, images: jax.Array, temperature: float = 1000.0, step: float = 0.0014) -> jax.Array:
-    """max_k softmax(z(x') / T), x' = x + step sign(grad_x log max_k softmax(z(x) / T)) (Liang et al. 2018, eq. 1 and 2).
+    """max_k softmax(z(x') / T), x' = x + step sign(grad_x log max_k softmax(z(x) / T)) (Liang et al. 2018, eq. 1, 2).
 
     Args:
       predict: images -> logits, a pytree such as `evaluation.predictor` returns.
