@@ -73,7 +73,7 @@ def motion(image: jax.Array, radius, sigma, angle, room: int) -> jax.Array:
       angle: in degrees.
       room: the largest radius, a whole number.
     """
-    height, width = image.shape[:2]
+    image, (height, width) = jnp.asarray(image), image.shape[:2]
     i = jnp.arange(2 * room + 1)
     weights = jnp.where(i <= 2 * radius, jnp.exp(-0.5 * jnp.square(i / sigma)), 0.0)
     weights = weights / weights.sum()
@@ -119,7 +119,7 @@ def interpolated(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.A
 
 def sampled(image: jax.Array, rows: jax.Array, columns: jax.Array, edge: str) -> jax.Array:
     """(H,W,C) at positions rows, columns (H',W'), linearly, "mirror" or "reflect" beyond the edges."""
-    height, width = image.shape[:2]
+    image, (height, width) = jnp.asarray(image), image.shape[:2]
     top, left = jnp.floor(rows), jnp.floor(columns)
     down, across = (rows - top)[..., None], (columns - left)[..., None]
 

@@ -168,9 +168,11 @@ def _boxes(side: int, share: float) -> np.ndarray:
     """(side, side): what `side` pixels become by way of int(share side) boxes, each the pixels with centres in it."""
     small = int(side * round(share, 6))
     wide, i = side / small, np.arange(side)
-    offset = (i[None] + 0.5 - (np.arange(small)[:, None] + 0.5) * wide) / wide
-    inside = ((offset > -0.5) & (offset <= 0.5)).astype(np.float32)
-    return (inside / inside.sum(1, keepdims=True))[np.ceil((i + 0.5) / wide).astype(int) - 1]
+    centres = (np.arange(small)[:, None] + 0.5) * wide
+    offset = ((i[None] - centres) + 0.5) * (1 / wide)  # in Pillow's order, which decides ties
+    near = (i[None] >= np.floor(centres - wide / 2 + 0.5)) & (i[None] < np.floor(centres + wide / 2 + 0.5))
+    inside = (near & (offset > -0.5) & (offset <= 0.5)).astype(np.float32)
+    return (inside / inside.sum(1, keepdims=True))[np.floor((i + 0.5) * (small / side)).astype(int)]
 
 
 def _jpeg(key, x, level):

@@ -48,8 +48,8 @@ class CPPN:
     shape: tuple[int, int, int]
     nodes: int = 12
     sparse: float = 0.4
-    weight_rate: float = 0.1
-    connection_rate: float = 0.02
+    weight_rate: float = 0.2
+    connection_rate: float = 0.05
     kind_rate: float = 0.05
     strength: float = 15.0
 

@@ -108,9 +108,9 @@ class Regularisers:
       jitter: pixels, at most, by which the image is shifted before each gradient (Mordvintsev et al. 2015).
     """
 
-    l2: float = 1.0
-    tv: float = 2.0
-    blur: float = 0.4
+    l2: float = 0.02
+    tv: float = 0.1
+    blur: float = 0.3
     jitter: int = 1
 
 
