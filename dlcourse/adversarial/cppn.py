@@ -41,7 +41,8 @@ class CPPN:
       shape: (H,W,C).
       nodes: N, the C outputs among them.
       sparse: share of connections that are open at the start.
-      weight_rate, connection_rate, kind_rate: share of the weights, connections and activations that mutate.
+      weight_rate, connection_rate, kind_rate: share of the weights, connections and activations that mutate, at most:
+        each child's are these times .05^u, u uniform, so that there are always some that differ little.
       strength: eta of polynomial mutation.
     """
 
@@ -63,13 +64,14 @@ class CPPN:
 
     def mutate(self, key: jax.Array, genome: Genome, generation) -> Genome:
         """A child; the rates stay the same over the generations."""
-        which, change, toggle, rekind, kinds = jax.random.split(key, 5)
-        weights = jnp.where(jax.random.bernoulli(which, self.weight_rate, genome.weights.shape),
+        how_much, which, change, toggle, rekind, kinds = jax.random.split(key, 6)
+        much = 0.05 ** jax.random.uniform(how_much)
+        weights = jnp.where(jax.random.bernoulli(which, much * self.weight_rate, genome.weights.shape),
                             polynomial_mutation(change, genome.weights, self.strength, -REACH, REACH), genome.weights)
-        opened = genome.open ^ jax.random.bernoulli(toggle, self.connection_rate, genome.open.shape)
+        opened = genome.open ^ jax.random.bernoulli(toggle, much * self.connection_rate, genome.open.shape)
         fresh = jax.random.randint(kinds, genome.kinds.shape, 0, len(ACTIVATIONS))
         return Genome(weights, opened,
-                      jnp.where(jax.random.bernoulli(rekind, self.kind_rate, fresh.shape), fresh, genome.kinds))
+                      jnp.where(jax.random.bernoulli(rekind, much * self.kind_rate, fresh.shape), fresh, genome.kinds))
 
     def render(self, genome: Genome) -> jax.Array:
         """The image (H,W,C): each output node's value at every pixel, [-1, 1] becoming [0, 1], the rest cut off."""
