@@ -149,6 +149,7 @@ def test_plasma():
 RISING = sorted(set(corruptions.CORRUPTIONS) - {"glass_blur", "frost", "elastic_transform"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RISING)
 def test_severity_rises(name):
     images = jnp.asarray(pictures(16, 32, 32, 1 if name == "shot_noise" else 3))
@@ -158,6 +159,7 @@ def test_severity_rises(name):
     assert all(b > a * (1 - 1e-3) for a, b in zip(change, change[1:], strict=False)) and change[4] > 1.5 * change[0]
 
 
+@pytest.mark.slow
 def test_severity_where_the_published_constants_do_not_rise_in_mean_square():
     """Glass pixels come from one place away, then from two; frost leaves less of the image; elastic shifts grow."""
     images = jnp.asarray(pictures(16, 32, 32, 1))

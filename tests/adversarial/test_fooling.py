@@ -159,7 +159,7 @@ def test_an_unknown_encoding():
 @pytest.mark.slow
 def test_a_network_trained_on_digits_is_fooled_by_each_method():
     digits = data.load("digits")
-    model = models.create("convnet,width=8,stages=2,depth=1", 10, digits.image_shape)
+    model = models.create("mlp,width=64", 10, digits.image_shape)
     tx = optimizers.create("adamw", optimizers.schedule("one_cycle", 3e-3, 600), weight_decay=1e-2)
     fitted = train.fitter(model, digits.image_shape, losses.cross_entropy(model), tx)
     state = fitted(digits.splits["train"], 600, 64, 0)
