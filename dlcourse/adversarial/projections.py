@@ -1,0 +1,103 @@
+"""Exact nearest points of sets that attacks move on: a hyperplane, or an L1 ball, each intersected with the box."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dlcourse.adversarial.threat import over_pixels
+
+NORMS = ("linf", "l2", "l1")
+
+
+def onto_hyperplane(points: jax.Array, normals: jax.Array, excess: jax.Array, norm: str, low, high) -> jax.Array:
+    """argmin |d|_norm with <w, x + d> = b and low <= x + d <= high (Croce & Hein 2020, eq. 4).
+
+    Each coordinate moves to its own side by m_i, at most to its wall r_i away: m_i = min(t, r_i) for linf and
+    min(t |w_i|, r_i) for l2, t such that sum |w_i| m_i = |<w, x> - b|; for l1 those of largest |w_i| go first. Where
+    no point of the box lies on the hyperplane, every m_i = r_i, which comes nearest to it.
+
+    Args:
+      points: (B,H,W,C) x, in the box.
+      normals: (B,H,W,C) w.
+      excess: (B,) <w, x> - b.
+      norm: of NORMS.
+      low: of the box.
+      high: of the box.
+
+    Returns:
+      (B,H,W,C) d.
+    """
+    scale = jnp.maximum(jnp.abs(normals).reshape(len(normals), -1).max(-1), 1e-30)
+    weights = normals / over_pixels(scale, normals)  # so that what counts as zero does not depend on the unit of w
+    way = jnp.sign(weights) * over_pixels(jnp.where(excess >= 0, -1.0, 1.0), weights)
+    rooms = jnp.where(way > 0, high - points, points - low)
+    usable = jnp.abs(weights) > 1e-8
+    flat = [jnp.where(usable, values, 0.0).reshape(len(points), -1) for values in (jnp.abs(weights), rooms)]
+    moves = jax.vmap(_MOVES[norm])(*flat, jnp.abs(excess) / scale)
+    return way * moves.reshape(points.shape)
+
+
+def _linf(weights, rooms, amount):
+    return jnp.minimum(_level(weights, rooms, amount), rooms)
+
+
+def _l2(weights, rooms, amount):
+    limits = rooms / jnp.where(weights > 0, weights, 1.0)
+    level = _level(jnp.square(weights), limits, amount)
+    return jnp.where(level < limits, level * weights, rooms)
+
+
+def _l1(weights, rooms, amount):
+    order = jnp.argsort(-weights)
+    weights, rooms = weights[order], rooms[order]
+    reach = weights * rooms
+    left = amount - (jnp.cumsum(reach) - reach)
+    moves = jnp.where(weights > 0, jnp.clip(left / jnp.where(weights > 0, weights, 1.0), 0.0, rooms), 0.0)
+    return jnp.zeros_like(moves).at[order].set(moves)
+
+
+_MOVES = {"linf": _linf, "l2": _l2, "l1": _l1}
+
+
+def _level(weights, limits, amount):
+    """t with sum_i weights_i min(t, limits_i) = amount, infinite where even all limits do not suffice; (D,) each."""
+    order = jnp.argsort(limits)
+    weights, limits = weights[order], limits[order]
+    filled = jnp.cumsum(weights * limits)
+    rest = jnp.cumsum(weights[::-1])[::-1]  # of this one and of those above it
+    at_limit = filled + limits * (rest - weights)
+    first = (at_limit < amount).sum()
+    here = jnp.minimum(first, len(limits) - 1)
+    before = filled[here] - weights[here] * limits[here]
+    level = jnp.maximum(amount - before, 0.0) / jnp.maximum(rest[here], 1e-30)
+    return jnp.where(first < len(limits), level, jnp.inf)
+
+
+def onto_l1_ball_in_box(changes: jax.Array, originals: jax.Array, eps: jax.Array, low, high) -> jax.Array:
+    """argmin |d - y|_2 with |d|_1 <= eps and low <= x + d <= high (Croce & Hein 2021, proposition 2.1).
+
+    d_i = sign(y_i) min(max(|y_i| - t, 0), r_i), r_i the way to the wall; t from sorting the 2D places where
+    sum |d_i| = sum max(|y_i| - t, 0) - max(|y_i| - r_i - t, 0) bends, and 0 where that is no more than eps.
+
+    Args:
+      changes: (B,H,W,C) y.
+      originals: (B,H,W,C) x, in the box.
+      eps: (B,).
+      low: of the box.
+      high: of the box.
+    """
+    def one(y, rooms, eps):
+        ends = jnp.concatenate([y, y - rooms])
+        signs = jnp.concatenate([jnp.ones_like(y), -jnp.ones_like(y)])
+        order = jnp.argsort(-ends)
+        ends, signs = ends[order], signs[order]
+        sums, counts = jnp.cumsum(signs * ends), jnp.cumsum(signs)
+        # Between one bend and the next the sum is sums - t counts, and grows as t falls.
+        last = jnp.maximum((sums - counts * ends < eps).sum() - 1, 0)
+        cut = jnp.maximum((sums[last] - eps) / jnp.maximum(counts[last], 1.0), 0.0)
+        return jnp.clip(y - cut, 0.0, rooms)
+
+    rooms = jnp.where(changes > 0, high - originals, originals - low)
+    flat = [values.reshape(len(changes), -1) for values in (jnp.abs(changes), rooms)]
+    return jnp.sign(changes) * jax.vmap(one)(*flat, eps).reshape(changes.shape)
