@@ -73,14 +73,14 @@ def _unit_noise(keys, images, threat):
     return threats.random_start(keys, jnp.zeros_like(images), unbounded)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "restarts", "objective", "random_start"))
+@functools.partial(jax.jit, static_argnames=("steps", "restarts", "objective", "random_start", "early_stop"))
 def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, steps: int = 40,
-        step_size: float | None = None, restarts: int = 1, random_start: bool = True,
+        step_size: float | None = None, restarts: int = 1, random_start: bool = True, early_stop: bool = True,
         objective: str = "cross_entropy") -> AttackResult:
     """x <- P(x + step_size steepest(grad L(x))), P the projection onto the threat (Madry et al. 2018, eq. 4).
 
-    Of all restarts the first image that fools the network is kept, else that of the largest objective at the end. The
-    loop ends once every example of the batch is fooled, and an example that is fooled stays as it is.
+    Of all restarts the last image is kept that has the largest objective among those that fool the network, else among
+    all. With early stop an example stays as it is once it is fooled, and the loop ends when all of them are.
 
     Args: as of `fgsm`, and
       key: (), or (B,) keys.
@@ -88,6 +88,7 @@ def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
       step_size: in pixels' units; default 2.5 eps / steps (Madry et al.'s rule for a ball crossed some 2.5 times).
       restarts: from points drawn in the threat.
       random_start: else the one start is the image itself.
+      early_stop: be content with any image that fools the network.
     """
     measure = objectives.OBJECTIVES[objective]
     keys = example_keys(key, len(images))
@@ -97,7 +98,7 @@ def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
     def step(carry):
         i, x, queries, done = carry
         gradient, logits, _ = ascend(predict, x, labels, targets, measure)
-        done = done | fooled(logits, labels, targets)
+        done = done | early_stop & fooled(logits, labels, targets)
         moved = inside(x + over_pixels(size, x) * steepest(gradient, threat.norm), images, threat)
         return i + 1, jnp.where(over_pixels(done, x), x, moved), queries + ~done, done
 
@@ -105,15 +106,16 @@ def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
         number, kept = carry
         own = jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
         x = threats.random_start(own, images, threat) if random_start else images
-        x = jnp.where(over_pixels(kept.success, x), kept.images, x)
+        done = early_stop & kept.success
+        x = jnp.where(over_pixels(done, x), kept.images, x)
         _, x, queries, _ = jax.lax.while_loop(
-            lambda c: (c[0] < steps) & ~jnp.all(c[3]), step, (0, x, kept.queries, kept.success))
+            lambda c: (c[0] < steps) & ~jnp.all(c[3]), step, (0, x, kept.queries, done))
         found = threats.result(predict, x, images, labels, threat, measure, queries, targets)
-        better = ~kept.success & (found.success | (found.loss > kept.loss))
+        better = ~done & jnp.where(found.success == kept.success, found.loss > kept.loss, found.success)
         return number + 1, jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old), found, kept) \
-            .replace(queries=jnp.where(kept.success, kept.queries, found.queries))
+            .replace(queries=jnp.where(done, kept.queries, found.queries))
 
-    return jax.lax.while_loop(lambda c: (c[0] < restarts) & ~jnp.all(c[1].success), restart, (0, start))[1]
+    return jax.lax.while_loop(lambda c: (c[0] < restarts) & ~jnp.all(early_stop & c[1].success), restart, (0, start))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("draws", "kind"))

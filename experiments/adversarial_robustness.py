@@ -1,0 +1,106 @@
+"""Does a change that nobody sees give another class, and can a network be trained, or proved, not to fall for it?
+
+Lecture, limit 2: an image and one that no person can tell from it are classified differently, "57.7 % panda" becomes
+"99.3 % gibbon" (L20). Claims, each with the control that could refute it:
+  L20.fooled      within eps most images change their class; random changes of the same norm do not do it
+  L20.surer       the network is surer of the wrong class than it was of the right one
+  L20.unseen      the smallest change that does it is less than 8 grey levels of 255
+
+    launch/local adversarial_robustness                                   digits, L-infinity 0.1: 2 min on 2 CPU cores
+    launch/local adversarial_robustness --defence=pgd                     the same, trained against it
+    launch/local adversarial_robustness --init_from=RUN --model=...       attacks a network that was trained before
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Literal
+
+from dlcourse.contracts import InputError
+from experiments import command, settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Robustness:
+    norm: Literal["linf", "l2", "l1"] = settings.setting("linf", "what bounds a change: its largest pixel (linf), its "
+                                                         "Euclidean length (l2), its sum (l1)")
+    eps: float = settings.setting(0.1, "the bound, pixels being in [0, 1]")
+    defence: Literal["none", "pgd", "fast", "trades", "trades_awp", "mart", "gaussian"] = settings.setting(
+        "none", "train on images attacked at eps (pgd; fast: one noisy step), by TRADES, with weights perturbed too "
+        "(trades_awp), by MART, or under noise")
+    attacked: int = settings.setting(500, "test images that are attacked, drawn by the seed; 0: all")
+    steps: int = settings.setting(40, "gradients of PGD and of each of APGD's runs in the curves")
+    autoattack: bool = settings.setting(False, "run AutoAttack, too, the strongest and slowest")
+
+    def __post_init__(self):
+        if not self.eps > 0:
+            raise InputError(f"--eps={self.eps:g}: must be greater than 0")
+        if self.norm == "linf" and self.eps > 1:
+            raise InputError(f"--eps={self.eps:g}: beyond the box, which is 1 wide; 8 grey levels are 0.0314")
+        if self.attacked and self.attacked < 20:
+            raise InputError(f"--attacked={self.attacked}: give at least 20, or 0 for all")
+        if self.steps < 1:
+            raise InputError(f"--steps={self.steps}: give at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: settings.Data = settings.Data()
+    model: settings.Model = settings.Model()
+    optimizer: settings.Optimizer = settings.Optimizer()
+    run: settings.Run = settings.Run(checkpoint_every="10epochs")
+    devices: settings.Devices = settings.Devices()
+    robustness: Robustness = Robustness()
+
+
+def training_loss(model, config, dataset):
+    """The loss that the defence asks for, on augmented batches."""
+    from dlcourse.adversarial import defences
+    from dlcourse.adversarial.threat import Threat
+    from dlcourse.data import augment
+    from dlcourse.training import losses
+    from experiments import train
+
+    wanted = config.robustness
+    threat = Threat(eps=wanted.eps, norm=wanted.norm)
+    make = {"none": lambda: train.classifier_loss(model, config, dataset),
+            "pgd": lambda: defences.pgd_training(model, threat), "fast": lambda: defences.fast_training(model, threat),
+            "trades": lambda: defences.trades(model, threat), "mart": lambda: defences.mart(model, threat),
+            "trades_awp": lambda: defences.awp(defences.trades(model, threat), gamma=0.005),
+            "gaussian": lambda: defences.gaussian_augmentation(losses.cross_entropy(model), wanted.eps)}
+    loss = make[wanted.defence]()
+    if wanted.defence == "none" or not config.data.augment:
+        return loss
+    return losses.augmented(loss, augment.create(config.data.augment, dataset.num_classes))
+
+
+def main(config: Config, run) -> None:
+    from dlcourse.reporting import environment, files
+    from dlcourse.training import evaluation
+    from experiments import adversarial_evidence as evidence
+    from experiments import train
+
+    began = time.monotonic()
+    dataset = train.load_data(config.data, config.run.seed)
+    model = train.build_model(config.model, dataset)
+    train.banner(config, dataset, model, run)
+    trained = train.train(config, run, dataset, model, training_loss(model, config, dataset))
+    predict = evaluation.predictor(model, trained.state.variables)
+    clean = evaluation.predictions(predict, dataset.splits["test"])
+    metrics = {f"test/{name}": value for name, value in evaluation.summarise(clean)}
+    images, labels = evidence.chosen(dataset.splits["test"], config)
+    attacks = evidence.run_attacks(config, predict, images, labels, metrics)
+    certified = evidence.certify(config, predict, images, labels, metrics)
+    claims = evidence.claims(config, predict, images, labels, attacks, metrics)
+    evidence.draw(config, run, predict, images, labels, dataset.class_names, attacks, metrics)
+    audited = evidence.audited(config, predict, images, labels, attacks, certified, metrics)
+    files.write_atomically(run.path / "audit.json", json.dumps(audited, indent=1))
+    tables = [evidence.table(config, labels, attacks, metrics), evidence.signs(audited)]
+    seconds = {"total": time.monotonic() - began + trained.seconds["earlier"], **trained.seconds}
+    run.finish(metrics, claims, seconds, environment.describe(), tables=tables)
+
+
+if __name__ == "__main__":
+    command.run(main, Config, name="adversarial_robustness")
