@@ -214,7 +214,7 @@ def audited(config, predict, images, labels, found, certified, metrics) -> dict:
     order = [name for name in ("autoattack", "pgd", "fgsm") if name in found]
     result = audit(named(streams.root(config.run.seed), "audit"), predict, images, labels, threat_of(config),
                    {name: one for name, one in found.items() if name != NOISE}, white=white, black=["square"],
-                   order=order, smallest=["fmn"], certified=certified)
+                   order=order, smallest=["fab", "fmn"], certified=certified)
     metrics |= {"audit/flagged": float(len(result["flagged"])),
                 "audit/worst_case_accuracy": result["worst_case"]["accuracy"],
                 "audit/worst_case_accuracy_8bit": result["worst_case"]["accuracy_8bit"]}

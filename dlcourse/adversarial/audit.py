@@ -190,6 +190,7 @@ def _measure(predict, result, originals, labels, threat, targets, correct, corre
     # On the very boundary another batch size may round to the other side.
     decided = ~(ordered[:, -1] - ordered[:, -2] <= 1e-5 * np.abs(values).max(-1))
     success = within & hit
+    claimed = success if smallest else finite & hit  # those count beyond eps as failures themselves
     excess = np.where(finite, np.maximum(size - eps, 0) / np.maximum(slack, 1e-300), 0)
     lost = float((success & ~hit_grey).sum() / max(success.sum(), 1))
     return {
@@ -203,7 +204,7 @@ def _measure(predict, result, originals, labels, threat, targets, correct, corre
         "queries_mean": float(np.mean(result.queries)),
         "norm_exceeded": 0.0 if smallest else float(excess.max()),
         "box_exceeded": float(np.where(finite, np.maximum(outside, 0), 0).max()),
-        "success_misreported": float(((np.asarray(result.success) != (hit & finite)) & decided).mean()),
+        "success_misreported": float(((np.asarray(result.success) != claimed) & decided).mean()),
         "lost_in_8_bits": None if smallest else lost,
         "left": correct & ~(within & wrong), "grey": correct_grey & ~(within & wrong_grey)}
 
