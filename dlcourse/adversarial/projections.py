@@ -61,17 +61,22 @@ _MOVES = {"linf": _linf, "l2": _l2, "l1": _l1}
 
 
 def _level(weights, limits, amount):
-    """t with sum_i weights_i min(t, limits_i) = amount, infinite where even all limits do not suffice; (D,) each."""
-    order = jnp.argsort(limits)
-    weights, limits = weights[order], limits[order]
-    filled = jnp.cumsum(weights * limits)
-    rest = jnp.cumsum(weights[::-1])[::-1]  # of this one and of those above it
-    at_limit = filled + limits * (rest - weights)
-    first = (at_limit < amount).sum()
-    here = jnp.minimum(first, len(limits) - 1)
-    before = filled[here] - weights[here] * limits[here]
-    level = jnp.maximum(amount - before, 0.0) / jnp.maximum(rest[here], 1e-30)
-    return jnp.where(first < len(limits), level, jnp.inf)
+    """t with sum_i weights_i min(t, limits_i) = amount, infinite where even all limits do not suffice; (D,) each.
+
+    Newton's method from 0: the sum is concave and made of straight pieces, so that t grows to the very solution, in
+    few steps and without the sorting that takes most of the time on a CPU.
+    """
+    def solved(level):
+        free = limits > level
+        filled = jnp.where(free, 0.0, weights * limits).sum()
+        rest = jnp.where(free, weights, 0.0).sum()
+        return jnp.where(rest > 0, jnp.maximum((amount - filled) / jnp.where(rest > 0, rest, 1.0), level), jnp.inf)
+
+    def grow(levels):
+        return levels[1], solved(levels[1])
+
+    start = jnp.zeros_like(amount)
+    return jax.lax.while_loop(lambda levels: levels[1] > levels[0], grow, (start, solved(start)))[1]
 
 
 def onto_l1_ball_in_box(changes: jax.Array, originals: jax.Array, eps: jax.Array, low, high) -> jax.Array:
