@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.adversarial.small import digits, golden, linear, maker, network, silent, smallest_change
 
 from dlcourse.adversarial.fab import _nearest, descend, fab, fab_t
 from dlcourse.adversarial.projections import NORMS, onto_hyperplane
 from dlcourse.adversarial.threat import Threat, size
 from dlcourse.contracts import InputError
+from tests.adversarial.small import digits, golden, linear, maker, network, silent, smallest_change
 
 KEY = jax.random.key(0)
 

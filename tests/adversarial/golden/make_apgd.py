@@ -1,6 +1,6 @@
 """Makes apgd.npz: whom the authors' APGD, from given noise, and AutoAttack fool.
 
-    PYTHONPATH=<a checkout of github.com/fra31/auto-attack, commit a392200> python tests/adversarial/golden/make_apgd.py
+    PYTHONPATH=<fra31/auto-attack at commit a392200> python tests/adversarial/golden/make_apgd.py
 
 Needs torch and scikit-learn. A small network is trained on digits; its weights, the images and the starts' noise
 (as bytes) are stored with the success flags.
