@@ -160,7 +160,7 @@ def draw(config, run, predict, images, labels, class_names, found, metrics) -> N
             curves[name].append(float(1 - result.success.mean()))
             metrics[f"{name}/accuracy_at_{factor:g}_eps"] = curves[name][-1]
     unit = GREY_LEVELS if config.robustness.norm == "linf" else 1
-    name = {"linf": "grey levels of 255 (L-infinity)", "l2": "L2, pixels in [0, 1]", "l1": "L1, pixels in [0, 1]"}
+    name = {"linf": "grey levels of 255 (L-infinity)", "l2": "L2, pixels in [0, 1]"}
     sizes = [unit * float(threat_of(config, factor).eps) if factor else 0.0 for factor in SIZES]
     run.figure("accuracy_by_size", **drawings.accuracy_by_size(sizes, curves, (NOISE,), name[config.robustness.norm],
                                                                len(labels)))

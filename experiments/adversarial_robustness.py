@@ -24,8 +24,8 @@ from experiments import command, settings
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    norm: Literal["linf", "l2", "l1"] = settings.setting("linf", "what bounds a change: its largest pixel (linf), its "
-                                                         "Euclidean length (l2), its sum (l1)")
+    norm: Literal["linf", "l2"] = settings.setting("linf", "what bounds a change: its largest pixel (linf) or its "
+                                                   "Euclidean length (l2)")
     eps: float = settings.setting(0.1, "the bound, pixels being in [0, 1]")
     defence: Literal["none", "pgd", "fast", "trades", "trades_awp", "mart", "gaussian"] = settings.setting(
         "none", "train on images attacked at eps (pgd; fast: one noisy step), by TRADES, with weights perturbed too "

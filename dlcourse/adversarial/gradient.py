@@ -82,6 +82,8 @@ def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
     Of all restarts the last image is kept that has the largest objective among those that fool the network, else among
     all. With early stop an example stays as it is once it is fooled, and the loop ends when all of them are.
 
+    In l1 a step moves one coordinate and does not see the box: `apgd` is much stronger there.
+
     Args: as of `fgsm`, and
       key: (), or (B,) keys.
       steps: gradients a restart.

@@ -38,7 +38,8 @@ class AttackResult(struct.PyTreeNode):
     """The images an attack ends with, one entry an example.
 
     Attributes:
-      images: (B,H,W,C) float32, inside the threat; for attacks that look for the smallest change, the smallest found.
+      images: (B,H,W,C) float32, inside the threat; of attacks that look for the smallest change (see `minimal`) the
+        nearest that fools, which may lie beyond eps and is no success there.
       success: (B,) bool, re-predicted on `images`: misclassified, or classified as the target. Where logits are not
         finite the attack failed.
       loss: (B,) float32, the attack's objective at `images`.

@@ -1,0 +1,69 @@
+"""A network is trained, attacked, certified and audited in one command."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from commands import ROOT
+
+from experiments import adversarial_robustness, command, parsing, train
+
+SMALL = ["--model=mlp,width=32", "--train_for=3epochs", "--attacked=20", "--steps=5", "--notensorboard"]
+
+
+def status(tmp_path, *flags):
+    words = [*flags, f"--workdir={tmp_path / 'run'}"]
+    return command.status(adversarial_robustness.main, adversarial_robustness.Config, "adversarial_robustness", words)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_curves_strips_an_audit_and_claims(tmp_path):
+    assert status(tmp_path, *SMALL, "--eps=0.2") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    metrics, audit = result["metrics"], json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert metrics["worst/accuracy"] <= min(metrics[f"{name}/accuracy"] for name in ("fgsm", "pgd", "apgd", "square"))
+    assert metrics["certified/accuracy"] <= metrics["worst/accuracy"] < metrics["noise/accuracy"]
+    curve = [metrics[f"pgd/accuracy_at_{factor:g}_eps"] for factor in (0.125, 0.5, 1, 4)]
+    assert curve == sorted(curve, reverse=True) and curve[-1] < curve[0]
+    assert audit["attacks"]["pgd"]["norm_max"] <= 0.2 + 1e-6
+    assert "success_misreported" not in audit["flagged"] and "certificate_broken" not in audit["flagged"]
+    assert [claim["id"] for claim in result["claims"]] == ["L20.fooled", "L20.surer", "L20.unseen"]
+    assert {figure["file"].rsplit("/")[-1].split(".")[0] for figure in result["figures"]} == {
+        "accuracy_by_size", "strips"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defence", ["pgd", "fast", "trades", "trades_awp", "mart", "gaussian"])
+def test_every_defence_trains(defence, tmp_path):
+    assert status(tmp_path, *SMALL, f"--defence={defence}", "--train_for=4steps", "--norm=l2", "--eps=0.5") == 0
+
+
+SHAPES = {"robust_fashion_mnist": "28x28x1,10", "robust_mnist": "28x28x1,10", "robust_cifar10": "32x32x3,10"}
+
+
+def test_every_preset_is_tried_here():
+    assert {path.stem for path in (ROOT / "experiments/presets").glob("robust_*.flags")} == set(SHAPES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SHAPES)
+def test_a_preset_takes_a_step_on_made_up_data_of_its_shape(preset):
+    overrides = [f"--dataset=fake:{SHAPES[preset]}", "--batch_size=4"]
+    config, _ = parsing.parse(adversarial_robustness.Config(),
+                              [f"--flagfile=experiments/presets/{preset}.flags", *overrides])
+    dataset = train.load_data(config.data, 0)
+    model = train.build_model(config.model, dataset)
+    loss = adversarial_robustness.training_loss(model, config, dataset)
+    made = train.recipe(config, model, dataset.image_shape, len(dataset.splits["train"]), loss)
+    state, batch = made.fresh(), dataset.splits["train"][range(4)]
+    value, _ = jax.jit(made.loss)(state.params, state.model_state, {**batch, "mask": np.ones(4, bool)}, state.key)
+    assert np.isfinite(value)
+
+
+@pytest.mark.parametrize(("flag", "said"), [
+    ("--eps=0", "--eps=0"), ("--eps=2", "beyond the box"), ("--attacked=5", "--attacked=5"), ("--steps=0", "--steps=0"),
+    ("--norm=l7", "l7"), ("--defence=prayer", "prayer")])
+def test_what_cannot_be_attacked_is_refused(flag, said, tmp_path, capsys):
+    assert status(tmp_path, flag) == 2
+    assert said in capsys.readouterr().err
