@@ -86,7 +86,7 @@ def fast_training(model, threat: Threat, *, noise: float = 2.0, step: float = 1.
 
 def trades(model, threat: Threat, *, beta: float = 6.0, steps: int = 10,
            step_size: float | None = None) -> AdversarialLoss:
-    """Cross-entropy(p(x), y) + beta KL(p(x) || p(x')), x' what raises that KL (Zhang et al. 2019, eq. 5).
+    """Cross-entropy(p(x), y) + beta KL(p(x) || p(x')), x' what raises that KL (Zhang et al. 2019, algorithm 1).
 
     The attack starts at x + 0.001 N(0, I), as the authors' code does; KL has no slope at x itself.
 
@@ -113,12 +113,12 @@ def trades(model, threat: Threat, *, beta: float = 6.0, steps: int = 10,
 
 def mart(model, threat: Threat, *, weight: float = 5.0, steps: int = 10,
          step_size: float | None = None) -> AdversarialLoss:
-    """BCE(p(x'), y) + weight KL(p(x) || p(x')) (1 - p_y(x)) (Wang et al. 2020, eq. 11).
+    """BCE(p(x'), y) + weight KL(p(x) || p(x')) (1 - p_y(x)) (Wang et al. 2020, section 3).
 
     BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x')); x' by PGD on cross-entropy from x + 0.001 N(0, I).
 
     Args: as of `pgd_training`, and
-      weight: lambda, 5 in section 4.
+      weight: lambda, 5 as published.
 
     Returns:
       A Loss with the metrics of `trades`.
@@ -144,14 +144,14 @@ def mart(model, threat: Threat, *, weight: float = 5.0, steps: int = 10,
 
 
 def awp(loss: AdversarialLoss, *, gamma: float = 0.01) -> AdversarialLoss:
-    """The loss at weights moved against it: w + v, v = gamma |w_l| g_l / |g_l| for kernels (Wu et al. 2020, eq. 10).
+    """The loss at weights moved against it: w + v, v = gamma |w_l| g_l / |g_l| for kernels (Wu et al. 2020, section 4).
 
     g is the gradient at w on the same attacked images; kernels are the arrays of two axes and more. What the optimizer
     is given is the gradient at w + v.
 
     Args:
       loss: pgd_training, trades or mart.
-      gamma: 0.01; 0.005 for TRADES (section 5).
+      gamma: 0.01; 0.005 for TRADES.
     """
     def judge(params, model_state, batch, attacked, key):
         slope = jax.grad(lambda p: loss.judge(p, model_state, batch, attacked, key)[0])(params)
@@ -178,7 +178,7 @@ def gaussian_augmentation(loss: Loss, sigma: float) -> Loss:
 
 
 def ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa: Schedule = 0.5) -> Loss:
-    """kappa CE(z(x), y) + (1 - kappa) CE(z_worst, y), z_worst by interval bounds (Gowal et al. 2018, eq. 12).
+    """kappa CE(z(x), y) + (1 - kappa) CE(z_worst, y), z_worst by interval bounds (Gowal et al. 2018, section 3).
 
     z_worst_k = -min(z_y - z_k) over the threat, 0 at y. Bounds are those of the network as it is evaluated, with the
     running averages after this batch, which are held fixed.
@@ -187,7 +187,7 @@ def ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa: Sched
       model: under the Model contract, of primitives that `bounds` follow.
       threat: its eps is the last one.
       eps: a schedule in its place, from 0 on.
-      kappa: from 1 down to 0.5 in section 4.
+      kappa: from 1 down to 0.5 as published.
 
     Returns:
       A Loss whose metrics are `loss`, `accuracy` (clean), `certified_accuracy` and `eps`.
@@ -200,7 +200,7 @@ def ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa: Sched
 
 def crown_ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa: Schedule = 0.0,
                    beta: Schedule = 1.0) -> Loss:
-    """As `ibp_loss` with bounds beta (CROWN-IBP) + (1 - beta) (IBP) (Zhang et al. 2020, eq. 10).
+    """As `ibp_loss` with bounds beta (CROWN-IBP) + (1 - beta) (IBP) (Zhang et al. 2020, section 3).
 
     Args: as of `ibp_loss`, and
       beta: from 1 down to 0 while eps grows.

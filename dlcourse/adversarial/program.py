@@ -177,7 +177,8 @@ class Interval(NamedTuple):
 def unit(sound: bool) -> float:
     """The relative rounding error that bounds allow an operation: 4 times that of float32, 2^-24; 0 if not sound.
 
-    One for the network's own rounding, one for that of the bounds' middle or coefficient, the rest for higher orders.
+    One for the network's own rounding, two for those of the bounds, the rest for higher orders. Single operations have
+    twice that: constants that go into them, such as a factor with a root, may themselves be rounded in another way.
     """
     return 4 * 2.0**-24 if sound else 0.0
 
@@ -199,7 +200,7 @@ def propagate(equation: Equation, operands: list[Interval], sound: bool) -> Inte
         else:
             ends = equation(*lower), equation(*upper)
             found = Interval(jnp.minimum(*ends), jnp.maximum(*ends))
-        return found.widened(unit(sound) * found.size) if sound else found
+        return found.widened(2 * unit(sound) * found.size) if sound else found
     (x,) = operands
     middle, radius = (x.lower + x.upper) / 2, (x.upper - x.lower) / 2
     if sound:
@@ -212,4 +213,4 @@ def slack(equation: Equation, operands: list[Interval], value: Interval) -> jax.
     """How far rounding may move each number of an equation's value, and of linear bounds carried through it."""
     if equation.name in SUMS:
         return (equation.terms + 2) * unit(True) * equation(operands[0].size, constants=jnp.abs)
-    return unit(True) * value.size
+    return 2 * unit(True) * value.size
