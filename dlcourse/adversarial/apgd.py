@@ -11,7 +11,7 @@ from flax import struct
 from dlcourse.adversarial import objectives
 from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.eot import ascend
-from dlcourse.adversarial.l1_box import inside_l1
+from dlcourse.adversarial.projections import inside_l1
 from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, inside, over_pixels, size, steepest
 from dlcourse.contracts import InputError, Predict
 

@@ -12,7 +12,7 @@ import numpy as np
 from dlcourse.adversarial import objectives
 from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.eot import Expectation
-from dlcourse.adversarial.l1_box import inside_l1
+from dlcourse.adversarial.projections import inside_l1
 from dlcourse.adversarial.threat import AttackResult, Threat, example_keys
 from dlcourse.contracts import InputError, Predict
 from dlcourse.streams import stream

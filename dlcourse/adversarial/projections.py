@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dlcourse.adversarial.threat import over_pixels
+from dlcourse.adversarial.threat import Threat, over_pixels
 
 NORMS = ("linf", "l2", "l1")
 
@@ -79,30 +79,29 @@ def _level(weights, limits, amount):
     return jax.lax.while_loop(lambda levels: levels[1] > levels[0], grow, (start, solved(start)))[1]
 
 
-def onto_l1_ball_in_box(changes: jax.Array, originals: jax.Array, eps: jax.Array, low, high) -> jax.Array:
-    """argmin |d - y|_2 with |d|_1 <= eps and low <= x + d <= high (Croce & Hein 2021, proposition 2.1).
+def inside_l1(images: jax.Array, originals: jax.Array, threat: Threat) -> jax.Array:
+    """The point nearest to `images` of all with |d|_1 <= eps in the box (Croce & Hein 2021, proposition 2.1).
 
-    d_i = sign(y_i) min(max(|y_i| - t, 0), r_i), r_i the way to the wall; t from sorting the 2D places where
-    sum |d_i| = sum max(|y_i| - t, 0) - max(|y_i| - r_i - t, 0) bends, and 0 where that is no more than eps.
+    d = sign(c) clip(|c| - t, 0, room), c = images - originals, room the distance to the box on that side. |d|_1 over
+    t is straight between kinks, which are at |c| and at |c| - room; on the piece where it reaches eps t is found.
 
     Args:
-      changes: (B,H,W,C) y.
-      originals: (B,H,W,C) x, in the box.
-      eps: (B,).
-      low: of the box.
-      high: of the box.
+      images: (B,H,W,C).
+      originals: (B,H,W,C) in the box.
+      threat: eps and the box; its norm is not asked for.
     """
-    def one(y, rooms, eps):
-        ends = jnp.concatenate([y, y - rooms])
-        signs = jnp.concatenate([jnp.ones_like(y), -jnp.ones_like(y)])
-        order = jnp.argsort(-ends)
-        ends, signs = ends[order], signs[order]
-        sums, counts = jnp.cumsum(signs * ends), jnp.cumsum(signs)
-        # Between one bend and the next the sum is sums - t counts, and grows as t falls.
-        last = jnp.maximum((sums - counts * ends < eps).sum() - 1, 0)
-        cut = jnp.maximum((sums[last] - eps) / jnp.maximum(counts[last], 1.0), 0.0)
-        return jnp.clip(y - cut, 0.0, rooms)
-
-    rooms = jnp.where(changes > 0, high - originals, originals - low)
-    flat = [values.reshape(len(changes), -1) for values in (jnp.abs(changes), rooms)]
-    return jnp.sign(changes) * jax.vmap(one)(*flat, eps).reshape(changes.shape)
+    origin = originals.reshape(len(originals), -1)
+    change = images.reshape(origin.shape) - origin
+    eps = jnp.broadcast_to(jnp.asarray(threat.eps, change.dtype), change.shape[:1])[:, None]
+    room = jnp.where(change > 0, threat.high - origin, origin - threat.low)
+    strength, ones = jnp.abs(change), jnp.ones_like(change)
+    kinks = jnp.concatenate([-strength, -jnp.maximum(strength - room, 0.0)], -1)
+    kinks, bends = jax.lax.sort((kinks, jnp.concatenate([ones, -ones], -1)), num_keys=1)
+    slopes = jnp.cumsum(bends, -1)  # by which |d|_1 grows as t falls below the kink
+    growth = slopes[:, :-1] * (kinks[:, 1:] - kinks[:, :-1])
+    lengths = jnp.concatenate([jnp.zeros_like(kinks[:, :1]), jnp.cumsum(growth, -1)], -1)
+    piece = jnp.maximum((lengths <= eps).sum(-1, keepdims=True) - 1, 0)
+    kink, length, slope = (jnp.take_along_axis(of, piece, 1) for of in (kinks, lengths, slopes))
+    cut = jnp.maximum(-kink - (eps - length) / jnp.maximum(slope, 1.0), 0.0)
+    moved = origin + jnp.sign(change) * jnp.clip(strength - cut, 0.0, room)
+    return jnp.clip(moved, threat.low, threat.high).reshape(originals.shape)

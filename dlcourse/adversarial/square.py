@@ -12,7 +12,7 @@ from flax import struct
 
 from dlcourse.adversarial import objectives
 from dlcourse.adversarial import threat as threats
-from dlcourse.adversarial.projections import NORMS, onto_l1_ball_in_box
+from dlcourse.adversarial.projections import NORMS, inside_l1
 from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, over_pixels, size
 from dlcourse.contracts import InputError, Predict
 from dlcourse.streams import stream
@@ -204,8 +204,7 @@ def _filled(change, images, threat):
     if threat.norm == "l2":
         length = over_pixels(size(change, "l2"), change) + 1e-12
         return jnp.clip(images + change / length * over_pixels(threat.eps, change), threat.low, threat.high)
-    eps = jnp.broadcast_to(jnp.asarray(threat.eps, change.dtype), len(change)) * (1 - 1e-6)  # for rounding
-    return jnp.clip(images + onto_l1_ball_in_box(change, images, eps, threat.low, threat.high), threat.low, threat.high)
+    return inside_l1(images + change, images, threat.replace(eps=threat.eps * (1 - 1e-6)))  # for rounding
 
 
 def _by_channel(change, norm):

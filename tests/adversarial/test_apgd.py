@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize
 
 from dlcourse.adversarial import apgd, objectives
-from dlcourse.adversarial.l1_box import inside_l1
+from dlcourse.adversarial.projections import inside_l1
 from dlcourse.adversarial.threat import Threat, inside, size
 from dlcourse.contracts import InputError
 

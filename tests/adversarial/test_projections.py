@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from dlcourse.adversarial.projections import onto_hyperplane, onto_l1_ball_in_box
-from dlcourse.adversarial.threat import size
+from dlcourse.adversarial.projections import inside_l1, onto_hyperplane
+from dlcourse.adversarial.threat import Threat, size
 
 COUNT, D = 40, 12
 
@@ -88,8 +88,9 @@ def test_l1_ball_in_box_is_projected_onto_exactly():
     x[random.random((COUNT, D)) < 0.2] = 0.0
     y = random.normal(size=(COUNT, D)) * random.choice([0.05, 0.3, 2.0], (COUNT, 1))
     eps = random.uniform(0.2, 2.0, COUNT)
-    ours = np.asarray(onto_l1_ball_in_box(*(jnp.asarray(a, jnp.float32).reshape(COUNT, 2, 2, 3) for a in (y, x)),
-                                          jnp.asarray(eps, jnp.float32), 0.0, 1.0), np.float64).reshape(COUNT, D)
+    moved_to, origin = (jnp.asarray(a, jnp.float32).reshape(COUNT, 2, 2, 3) for a in (x + y, x))
+    ours = np.asarray(inside_l1(moved_to, origin, Threat(eps=jnp.asarray(eps, jnp.float32), norm="l1")), np.float64)
+    ours = ours.reshape(COUNT, D) - x
     assert (np.abs(ours).sum(1) <= eps + 1e-5).all() and (x + ours >= -1e-6).all() and (x + ours <= 1 + 1e-6).all()
     for own, x_, y_, eps_ in zip(ours, x, y, eps, strict=True):
         # d = up - down with both >= 0 makes the ball linear.
@@ -104,4 +105,4 @@ def test_l1_ball_in_box_is_projected_onto_exactly():
 def test_l1_ball_in_box_leaves_what_is_inside_alone():
     x = jnp.full((2, 2, 2, 3), 0.5)
     y = 0.01 * jax.random.normal(jax.random.key(0), x.shape)
-    np.testing.assert_allclose(onto_l1_ball_in_box(y, x, jnp.ones(2), 0.0, 1.0), y, atol=1e-7)
+    np.testing.assert_allclose(inside_l1(x + y, x, Threat(eps=1.0, norm="l1")), x + y, atol=1e-7)
