@@ -147,7 +147,7 @@ def descend(predict: Predict, images, start, labels, threat: Threat, aim, target
 
 
 def _nearest(predict, x, labels, norm):
-    """Normal and excess of the linearised boundary to the class min_k |z_k - z_y| / |grad (z_k - z_y)|_dual (eq. 7)."""
+    """Normal and excess of the linearised boundary to the class min_k |z_k - z_y| / |grad (z_k - z_y)|_dual."""
     logits, pull = jax.vjp(predict, x)
     classes = jnp.eye(logits.shape[-1], dtype=logits.dtype)
     gradients = jax.vmap(lambda one: pull(jnp.broadcast_to(one[None], logits.shape))[0])(classes)

@@ -18,7 +18,7 @@ from dlcourse.contracts import InputError, Predict
 from dlcourse.streams import stream
 
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""Proposals after which p is halved (section 5, for 10000 queries); it is not stretched to other budgets."""
+"""Proposals after which p is halved (the authors' schedule for 10000 queries); it is not stretched to other budgets."""
 
 
 class Moves(struct.PyTreeNode):
@@ -62,7 +62,7 @@ def square(key, predict: Predict, images, labels, threat: Threat, *, targets=Non
 
     linf sets a square to x0 +- eps; l2 and l1 put two opposite pyramids into it, paid for by another square's share of
     the norm (l1 as in AutoAttack: then the exact projection onto ball and box). The objective is the margin, with
-    targets their cross-entropy (section 5). An example's draws depend on its key and the proposal's number alone. A
+    targets their cross-entropy. An example's draws depend on its key and the proposal's number alone. A
     square may lie anywhere in the image, as published; the authors' code never reaches the last row and column.
 
     Args:
@@ -222,7 +222,7 @@ def _window(top, left, side, like):
 
 
 def _pyramid(rows: int, columns: int, norm: str) -> np.ndarray:
-    """Rings round the middle, ring m of height sum_{j >= m} 1 / (j+1)^2 (eq. 3; power 4 for l1), of norm 1."""
+    """Rings round the middle, ring m of height sum_{j >= m} 1 / (j+1)^2 (power 4 for l1, as in AutoAttack), of norm 1."""
     middle = rows // 2, columns // 2
     rings = np.maximum(abs(np.arange(rows) - middle[0])[:, None], abs(np.arange(columns) - middle[1])[None])
     powers = 1.0 / np.arange(1, max(middle) + 2) ** (2.0 if norm == "l2" else 4.0)

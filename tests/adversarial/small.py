@@ -15,7 +15,7 @@ golden = np.load(GOLDEN / "fab_square.npz")
 
 
 def _patches(patch, patch_bias, dense, dense_bias, images):
-    """A convolution with stride 2 of filters on 2 x 2 pixels, as a product: convolutions in loops are slow on CPUs."""
+    """A convolution with stride 2 of filters on 2 x 2 pixels, as a product: convolutions are slow in loops."""
     patches = images.reshape(len(images), 5, 2, 5, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(len(images), 5, 5, 12)
     x = jax.nn.relu(patches @ patch + patch_bias[None, None, None])
     return x.reshape(len(x), -1) @ dense + dense_bias[None]

@@ -1,9 +1,9 @@
 """Makes fab_square.npz: what FAB and Square of the authors' code do, draw by draw, to a small network.
 
-    PYTHONPATH=<fra31/auto-attack at commit a392200> python tests/adversarial/golden/make_fab_square.py
+    PYTHONPATH=AUTO_ATTACK python tests/adversarial/golden/make_fab_square.py
 
-Needs torch and scikit-learn; takes a minute. The draws of Square are recorded as bits; those of FAB are replaced by
-ones that numpy repeats, `unit_draws`.
+AUTO_ATTACK is a clone of github.com/fra31/auto-attack at commit a392200. Needs torch and scikit-learn. The draws of
+Square are recorded as bits; those of FAB are replaced by ones that numpy repeats, `unit_draws`.
 """
 
 import pathlib
