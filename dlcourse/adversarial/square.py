@@ -249,7 +249,7 @@ def _placed(side: int, height: int, width: int, norm: str) -> np.ndarray:
 
 
 def _tiles(height: int, width: int, norm: str) -> tuple[np.ndarray, np.ndarray]:
-    """Patterns of a fifth of the side next to each other: their values (2,H,W), upright and turned, and tiles (H,W)."""
+    """Patterns of a fifth of the side in rows: their values (2,H,W), upright and turned, and tiles (H,W)."""
     side = max(min(height, width) // 5, 1)
     first = max(min(height, width) - 5 * side, 0) // 2
     down, across = (height - first) // side, (width - first) // side
