@@ -222,7 +222,7 @@ def _window(top, left, side, like):
 
 
 def _pyramid(rows: int, columns: int, norm: str) -> np.ndarray:
-    """Rings round the middle, ring m of height sum_{j >= m} 1 / (j+1)^2 (power 4 for l1, as in AutoAttack), of norm 1."""
+    """Rings round the middle, ring m of height sum_{j >= m} 1 / (j+1)^2 (l1: power 4, as in AutoAttack), of norm 1."""
     middle = rows // 2, columns // 2
     rings = np.maximum(abs(np.arange(rows) - middle[0])[:, None], abs(np.arange(columns) - middle[1])[None])
     powers = 1.0 / np.arange(1, max(middle) + 2) ** (2.0 if norm == "l2" else 4.0)
