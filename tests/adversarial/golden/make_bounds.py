@@ -59,7 +59,7 @@ def normalisation(weights, state):
 
 
 def mlp():
-    """The first layer takes in that pixels are scaled: auto_LiRPA 0.7.1 forgets the scale of an l2 ball's intervals."""
+    """The first layer takes in that pixels are scaled: auto_LiRPA 0.7.1 agrees for l2 balls only so."""
     params = {"dense1": dense(64, 16), "dense2": dense(16, 16), "classifier": dense(16, 10)}
     first = {"kernel": params["dense1"]["kernel"] / 0.25,
              "bias": params["dense1"]["bias"] - params["dense1"]["kernel"].sum(0) * 0.5 / 0.25}
