@@ -79,8 +79,8 @@ def _level(weights, limits, amount):
     return jax.lax.while_loop(lambda levels: levels[1] > levels[0], grow, (start, solved(start)))[1]
 
 
-def onto_l1_ball_in_box(changes: jax.Array, originals: jax.Array, eps: jax.Array, low, high) -> jax.Array:
-    """argmin |d - y|_2 with |d|_1 <= eps and low <= x + d <= high (Croce & Hein 2021).
+def inside_l1(images: jax.Array, originals: jax.Array, threat: Threat) -> jax.Array:
+    """The point nearest to `images` of all with |d|_1 <= eps in the box (Croce & Hein 2021, proposition 2.1).
 
     d = sign(c) clip(|c| - t, 0, room), c = images - originals, room the distance to the box on that side. |d|_1 over
     t is straight between kinks, which are at |c| and at |c| - room; on the piece where it reaches eps t is found.
