@@ -87,6 +87,8 @@ LECTURE = (
 COMMANDS = (
     ("classification",),
     ("classification", "--flagfile=experiments/presets/faces.flags"),
+    ("adversarial_robustness",),
+    ("fooling",),
     ("benchmark",),
     ("input_pipeline",),
     ("scaling",),

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Small programs run once or twice: what takes time is to compile them.
@@ -12,6 +13,18 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 25_000
+"""Linux gives a process some 65,000 pieces of memory; every compiled program takes several, and without them the
+compiler crashes."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs():
+    """Programs are forgotten between files once they are too many."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 def unexpected_skips(reports, may_skip: str | None) -> list[str]:
