@@ -15,6 +15,8 @@ from dlcourse.adversarial import estimated, gradient, masking
 from dlcourse.adversarial.threat import AttackResult, Threat, size
 from dlcourse.contracts import InputError
 
+pytestmark = pytest.mark.slow
+
 KEY, THREAT, COUNT = jax.random.key(0), Threat(eps=0.1), 100
 
 

@@ -14,6 +14,8 @@ from dlcourse.adversarial.eot import Expectation
 from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import InputError
 
+pytestmark = pytest.mark.slow
+
 
 def test_stages_are_those_published():
     names = {at: [name for name, _ in stages] for at, stages in whole.STAGES.items()}

@@ -16,6 +16,8 @@ from dlcourse.contracts import InputError
 from dlcourse.models.layers import convolve, max_pool
 from dlcourse.training.evaluation import predictor
 
+pytestmark = pytest.mark.slow
+
 SHAPE, CLASSES = (6, 6, 1), 5
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "bounds.npz")
 GOLDEN_MODELS = {"mlp": "mlp,width=16", "convnet": "convnet,width=4,stages=1"}

@@ -14,6 +14,8 @@ from dlcourse.adversarial import blurs, corruptions, weather
 from dlcourse.adversarial import jpeg as codec
 from dlcourse.contracts import InputError
 
+pytestmark = pytest.mark.slow
+
 
 def pictures(count, height, width, channels, seed=0):
     """Smooth waves with a disk on them."""

@@ -14,6 +14,8 @@ from dlcourse.adversarial.threat import Threat, example_keys
 from dlcourse.contracts import InputError
 from dlcourse.training import evaluation
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 
 

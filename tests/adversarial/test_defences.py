@@ -16,6 +16,8 @@ from dlcourse.training import losses, state
 from dlcourse.training.evaluation import predictor
 from dlcourse.training.step import train_step
 
+pytestmark = pytest.mark.slow
+
 SHAPE, CLASSES, KEY = (4, 4, 1), 4, jax.random.key(9)
 WITHIN = Threat(eps=0.1)
 

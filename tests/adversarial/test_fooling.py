@@ -11,6 +11,8 @@ from dlcourse.contracts import InputError
 from dlcourse.training import evaluation, losses, optimizers
 from experiments import train
 
+pytestmark = pytest.mark.slow
+
 SHAPE, CLASSES = (5, 4, 3), 6
 PLAIN_NUMPY = (np.sin, lambda v: 2 / (1 + np.exp(-4.9 * v)) - 1, lambda v: 2 * np.exp(-(v**2)) - 1, lambda v: v)
 

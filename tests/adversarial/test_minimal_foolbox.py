@@ -18,6 +18,8 @@ from dlcourse.adversarial.threat import Threat
 from dlcourse.training.evaluation import predictor
 from tests.adversarial.golden import minimal_cases as cases
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "minimal.npz")
 ATTACKS = {"deepfool": deepfool, "ddn": ddn, "fmn": fmn, "carlini_wagner": carlini_wagner, "ead": ead}
 PUBLISHED = {"fmn": {"overshoot": 0.0}}

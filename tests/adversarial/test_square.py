@@ -11,6 +11,8 @@ from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import InputError
 from tests.adversarial.small import digits, golden, linear, maker, network, silent, smallest_change
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 
 
