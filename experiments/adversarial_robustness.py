@@ -6,7 +6,7 @@ Lecture, limit 2: an image and one that no person can tell from it are classifie
   L20.surer       the network is surer of the wrong class than it was of the right one
   L20.unseen      the smallest change that does it is less than 8 grey levels of 255
 
-    launch/local adversarial_robustness                                   digits, L-infinity 0.1: 2 min on 2 CPU cores
+    launch/local adversarial_robustness                                   digits, L-infinity 0.1: 6 min on 2 CPU cores
     launch/local adversarial_robustness --defence=pgd                     the same, trained against it
     launch/local adversarial_robustness --init_from=RUN --model=...       attacks a network that was trained before
 """
