@@ -14,6 +14,8 @@ from dlcourse.adversarial.projections import inside_l1
 from dlcourse.adversarial.threat import Threat, inside, size
 from dlcourse.contracts import InputError
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "apgd.npz"
 
 

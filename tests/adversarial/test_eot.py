@@ -9,6 +9,8 @@ from dlcourse.adversarial import eot
 from dlcourse.adversarial.apgd import apgd
 from dlcourse.adversarial.threat import Threat
 
+pytestmark = pytest.mark.slow
+
 
 def flipping(weights, key, images):
     """Logits (s w.x, 0), s a random sign for the whole batch given."""

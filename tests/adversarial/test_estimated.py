@@ -10,6 +10,8 @@ import pytest
 from dlcourse.adversarial import estimated, gradient
 from dlcourse.adversarial.threat import Threat, example_keys, size
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 ATTACKS = [functools.partial(estimated.spsa, steps=10, pairs=32), functools.partial(estimated.nes, steps=10, pairs=32)]
 

@@ -18,6 +18,8 @@ from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import InputError
 from dlcourse.training.evaluation import predictor
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 SHORT = dict(steps=40, rounds=3, constant=1.0)
 ATTACKS = {

@@ -15,6 +15,8 @@ from dlcourse.adversarial.ead import ead
 from dlcourse.adversarial.fmn import fmn
 from dlcourse.adversarial.threat import Threat
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 
 

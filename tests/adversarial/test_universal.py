@@ -11,6 +11,8 @@ from dlcourse.adversarial.universal import applied, fooling_rate, universal
 from dlcourse.contracts import InputError
 from dlcourse.streams import stream
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 WEIGHTS = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
 
