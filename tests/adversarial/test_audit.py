@@ -186,6 +186,9 @@ def test_results_outside_of_the_threat_are_no_successes():
     grey = 0.5 - images
     found, signs = quick({"grey": (grey, labels != -1)}, smallest=("grey",))
     assert found["attacks"]["grey"]["success"] == 0 and not signs["norm_exceeded"]["flagged"]
+    assert signs["success_misreported"]["flagged"]
+    _, signs = quick({"grey": (grey, labels == -1)}, smallest=("grey",))
+    assert not signs["success_misreported"]["flagged"]
 
 
 def test_order_and_certificates_are_compared_image_by_image():
