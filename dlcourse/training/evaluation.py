@@ -87,7 +87,12 @@ def predictions(predict: Predict, split: Split, batch_size: int = 500, plan: Pla
 
 
 def calibration_error(found: Predictions, bins: int = 15) -> float:
-    """ECE = sum_b n_b / N |accuracy_b - confidence_b| over equal-width bins (Guo et al. 2017, section 2)."""
+    """ECE = sum_b n_b / N |accuracy_b - confidence_b| over equal-width bins (Guo et al. 2017, section 2).
+
+    NaN where a confidence is: a network that diverged has no calibration.
+    """
+    if np.isnan(found.confidence).any():
+        return float("nan")
     which = np.minimum((found.confidence * bins).astype(int), bins - 1)
     gap = np.bincount(which, found.correct - found.confidence.astype(np.float64), bins)
     return float(np.abs(gap).sum() / len(which))
