@@ -15,7 +15,7 @@ import numpy as np
 Batch = Mapping[str, Any]
 """Arrays with a leading B: `image` (B,H,W,C) float in [0,1], `label` (B,) int32, `mask` (B,) bool,
 `index` (B,) int32 (the example's position in its split). Losses also read `target` (B,K) and
-`weight` (B,) where they are present."""
+`weight` (B,) where they are present, and `step` (), the updates before this one, which training adds."""
 
 Predict = Callable[[Any], Any]
 """images (B,H,W,C) -> logits (B,K): what attacks, evaluators and explanations need, no more."""

@@ -27,9 +27,14 @@ class Robustness:
     norm: Literal["linf", "l2"] = settings.setting("linf", "what bounds a change: its largest pixel (linf) or its "
                                                    "Euclidean length (l2)")
     eps: float = settings.setting(0.1, "the bound, pixels being in [0, 1]")
-    defence: Literal["none", "pgd", "fast", "trades", "trades_awp", "mart", "gaussian"] = settings.setting(
-        "none", "train on images attacked at eps (pgd; fast: one noisy step), by TRADES, with weights perturbed too "
-        "(trades_awp), by MART, or under noise")
+    defence: Literal["none", "pgd", "fast", "trades", "trades_awp", "mart", "ibp", "crown_ibp", "gaussian"] = (
+        settings.setting("none", "train on images attacked at eps (pgd; fast: one noisy step), by TRADES, with weights "
+                         "perturbed too (trades_awp), by MART, on bounds (ibp, crown_ibp), or under noise of deviation "
+                         "eps (gaussian; the network is then judged under such noise, too)"))
+    growth: float = settings.setting(0.25, "share of training in which eps of ibp and crown_ibp grows from 0, after "
+                                     "0.05 without bounds; 0: it is whole from the start")
+    clean_weight: float = settings.setting(0.0, "weight of the clean loss beside that of the bounds, once eps is whole")
+    noisy_copies: int = settings.setting(10_000, "of each image, in the certificates of randomised smoothing")
     attacked: int = settings.setting(500, "test images that are attacked, drawn by the seed; 0: all")
     steps: int = settings.setting(40, "gradients of PGD and of each of APGD's runs in the curves")
     autoattack: bool = settings.setting(False, "run AutoAttack, too, the strongest and slowest")
@@ -41,8 +46,13 @@ class Robustness:
             raise InputError(f"--eps={self.eps:g}: beyond the box, which is 1 wide; 8 grey levels are 0.0314")
         if self.attacked and self.attacked < 20:
             raise InputError(f"--attacked={self.attacked}: give at least 20, or 0 for all")
-        if self.steps < 1:
-            raise InputError(f"--steps={self.steps}: give at least 1")
+        for name in ("steps", "noisy_copies"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}={getattr(self, name)}: give at least 1")
+        if not 0 <= self.growth <= 0.95:
+            raise InputError(f"--growth={self.growth:g}: a share of training from 0 to 0.95")
+        if not 0 <= self.clean_weight <= 1:
+            raise InputError(f"--clean_weight={self.clean_weight:g}: a weight from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Config:
 
 def training_loss(model, config, dataset):
     """The loss that the defence asks for, on augmented batches."""
-    from dlcourse.adversarial import defences
+    from dlcourse.adversarial import certified_training, defences
     from dlcourse.adversarial.threat import Threat
     from dlcourse.data import augment
     from dlcourse.training import losses
@@ -69,11 +79,26 @@ def training_loss(model, config, dataset):
             "pgd": lambda: defences.pgd_training(model, threat), "fast": lambda: defences.fast_training(model, threat),
             "trades": lambda: defences.trades(model, threat), "mart": lambda: defences.mart(model, threat),
             "trades_awp": lambda: defences.awp(defences.trades(model, threat), gamma=0.005),
+            "ibp": lambda: certified_training.ibp_loss(model, threat, **growing(config, dataset, "eps", "kappa")),
+            "crown_ibp": lambda: certified_training.crown_ibp_loss(
+                model, threat, **growing(config, dataset, "eps", "kappa", "beta")),
             "gaussian": lambda: defences.gaussian_augmentation(losses.cross_entropy(model), wanted.eps)}
     loss = make[wanted.defence]()
     if wanted.defence == "none" or not config.data.augment:
         return loss
     return losses.augmented(loss, augment.create(config.data.augment, dataset.num_classes))
+
+
+def growing(config, dataset, *names) -> dict:
+    """The named schedules of training on bounds: eps grows, the weights of the clean loss and of CROWN fall."""
+    from dlcourse.adversarial.certified_training import growth
+    from dlcourse.training import durations
+
+    steps = durations.parse(config.run.train_for).steps(config.data.batch_size, len(dataset.splits["train"]))
+    if steps is None:
+        raise InputError(f"--train_for={config.run.train_for}: training on bounds must know its steps; give epochs")
+    ends = {"eps": (0.0, config.robustness.eps), "kappa": (1.0, config.robustness.clean_weight), "beta": (1.0, 0.0)}
+    return {name: growth(*ends[name], steps, config.robustness.growth) for name in names}
 
 
 def main(config: Config, run) -> None:

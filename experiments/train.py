@@ -159,7 +159,7 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
                              sharding=plan.batch_sharding, as_bytes=True)
     first = next(read())
     # Mistakes show before anything is written.
-    jax.eval_shape(made.loss, start.params, start.model_state, first, start.key)
+    jax.eval_shape(made.loss, start.params, start.model_state, {**first, "step": start.step}, start.key)
     with checkpoint.Checkpoints(run.path / "checkpoints", keep=config.run.keep) as saved:
         state, notes = saved.restore(start) or checkpoint.Restored(start, {})
         run.truncate_metrics(notes.get("lines", 0), int(state.step))

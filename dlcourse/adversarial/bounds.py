@@ -256,7 +256,7 @@ class _Network:
         carried: dict[int, jax.Array] = {}
         for i, more in zip(equation.refs, jax.vmap(pull)(rows), strict=True):
             carried[i] = carried[i] + more if i in carried else more
-        by = _dot(rows, bias)
+        by = _dot(rows, bias) if equation.shifts else jnp.zeros(len(rows))
         if self.sound:
             rounding = slack(equation, [self.values[i] for i in equation.refs], self.values[number])
             by = by - _dot(jnp.abs(rows), rounding + bias.size * unit(True) * jnp.abs(bias))
@@ -314,4 +314,4 @@ class _Network:
 
 def _dot(rows, value):
     """(R, *S), S -> (R,)."""
-    return rows.reshape(len(rows), -1) @ value.reshape(-1)
+    return (rows * value[None]).sum(tuple(range(1, rows.ndim)))

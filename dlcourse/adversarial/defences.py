@@ -1,9 +1,7 @@
 """Defences as losses: (params, model_state, batch, key) -> (scalar, (model_state, metrics)).
 
 Images are attacked against the network as it is evaluated (running averages, no dropout, weights held fixed), then the
-network is trained on them as it is trained. Where eps or a weight is to change while training, give a function of the
-number of earlier batches: a loss knows its step by a counter in the model's state, where checkpoints keep it, which
-`with_clock` puts there. (With `accumulate` every part of a batch counts.)
+network is trained on them as it is trained. Those that train for certificates are in `certified_training`.
 """
 
 from __future__ import annotations
@@ -14,19 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlcourse.adversarial import bounds, gradient, objectives
+from dlcourse.adversarial import gradient, objectives
 from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.objectives import picked
 from dlcourse.adversarial.threat import Threat, example_keys, over_pixels
-from dlcourse.contracts import InputError, Loss, Predict
+from dlcourse.contracts import Loss, Predict
 from dlcourse.models.layers import platform
 from dlcourse.streams import stream
 from dlcourse.training.evaluation import predictor
 from dlcourse.training.losses import cross_entropy, targets, weighted_mean
-
-CLOCK = "clock"
-Schedule = float | Callable[[jax.Array], jax.Array]
-"""A number, or a function of the batches before this one, such as `optax.linear_schedule`."""
 
 
 class AdversarialLoss(NamedTuple):
@@ -177,43 +171,6 @@ def gaussian_augmentation(loss: Loss, sigma: float) -> Loss:
     return noisy
 
 
-def ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa: Schedule = 0.5) -> Loss:
-    """kappa CE(z(x), y) + (1 - kappa) CE(z_worst, y), z_worst by interval bounds (Gowal et al. 2018, section 3).
-
-    z_worst_k = -min(z_y - z_k) over the threat, 0 at y. Bounds are those of the network as it is evaluated, with the
-    running averages after this batch, which are held fixed.
-
-    Args:
-      model: under the Model contract, of primitives that `bounds` follow.
-      threat: its eps is the last one.
-      eps: a schedule in its place, from 0 on.
-      kappa: from 1 down to 0.5 as published.
-
-    Returns:
-      A Loss whose metrics are `loss`, `accuracy` (clean), `certified_accuracy` and `eps`.
-
-    Raises:
-      InputError: a schedule without `with_clock`.
-    """
-    return _certified(model, threat, eps, kappa, 0.0)
-
-
-def crown_ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa: Schedule = 0.0,
-                   beta: Schedule = 1.0) -> Loss:
-    """As `ibp_loss` with bounds beta (CROWN-IBP) + (1 - beta) (IBP) (Zhang et al. 2020, section 3).
-
-    Args: as of `ibp_loss`, and
-      beta: from 1 down to 0 while eps grows.
-    """
-    return _certified(model, threat, eps, kappa, beta)
-
-
-def with_clock(model_state: dict[str, Any]) -> dict[str, Any]:
-    """The model's state with a counter of batches, which schedules read: put it into a fresh TrainState."""
-    # float32, exact up to 16 million, so that replicas may average it.
-    return {**model_state, CLOCK: {"batches": jnp.zeros((), jnp.float32)}}
-
-
 def single_step_gap(key, predict: Predict, images, labels, threat: Threat, *, steps: int = 10) -> dict[str, jax.Array]:
     """Accuracies on a training batch under FGSM and PGD, and `gap`, PGD's minus FGSM's: far below 0 is overfitting.
 
@@ -233,8 +190,7 @@ def overfitted(gap, *, limit: float = 0.2) -> jax.Array:
 
 
 def _evaluated(model, params, model_state) -> Predict:
-    state = {name: value for name, value in model_state.items() if name != CLOCK}
-    return predictor(model, jax.lax.stop_gradient({"params": params, **state}))
+    return predictor(model, jax.lax.stop_gradient({"params": params, **model_state}))
 
 
 def _trained(model, params, model_state, images, key):
@@ -277,32 +233,3 @@ def _judged(value, state, batch, clean, attacked, divergence):
     accuracy, robust = (weighted_mean((z.argmax(-1) == batch["label"]).astype(jnp.float32), batch)
                         for z in (clean, attacked))
     return value, (state, {"loss": value, "accuracy": accuracy, "robust_accuracy": robust, "divergence": divergence})
-
-
-def _certified(model, threat, eps, kappa, beta):
-    def loss(params, model_state, batch, key):
-        clock = model_state.get(CLOCK)
-
-        def now(schedule):
-            if callable(schedule) and clock is None:
-                raise InputError("a schedule needs to know the step: make the model's state with "
-                                 "defences.with_clock(model_state)")
-            return schedule(clock["batches"]) if callable(schedule) else schedule
-
-        own = {name: value for name, value in model_state.items() if name != CLOCK}
-        plain, (state, metrics) = cross_entropy(model)(params, own, batch, key)
-        predict = predictor(model, {"params": params, **jax.lax.stop_gradient({**own, **state})})
-        within = threat.replace(eps=jnp.asarray(threat.eps if eps is None else now(eps), jnp.float32))
-        args = (predict, batch["image"], batch["label"], within)
-        worst = bounds.ibp(*args, sound=False)
-        if callable(beta) or beta:
-            share = now(beta)
-            worst = share * bounds.crown(*args, intermediate="ibp", sound=False) + (1 - share) * worst
-        share = now(kappa)
-        value = share * plain + (1 - share) * weighted_mean(objectives.cross_entropy(-worst, batch["label"]), batch)
-        sure = bounds.certified(worst, batch["label"]).astype(jnp.float32)
-        metrics = {**metrics, "loss": value, "certified_accuracy": weighted_mean(sure, batch), "eps": within.eps}
-        ticked = {} if clock is None else {CLOCK: {"batches": clock["batches"] + 1}}
-        return value, ({**own, **state, **ticked}, metrics)
-
-    return loss

@@ -52,6 +52,11 @@ class Equation(NamedTuple):
         return self.primitive.bind(*operands, **self.params)
 
     @property
+    def shifts(self) -> bool:
+        """Whether an affine equation may be other than 0 where all of `refs` are."""
+        return len(self.refs) < len(self.operands) and self.name not in SCALES | SUMS
+
+    @property
     def terms(self) -> int:
         """The longest sum that the primitive or its transpose computes."""
         if self.name == "reduce_sum":

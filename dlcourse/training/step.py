@@ -23,7 +23,7 @@ def train_step(state: TrainState, batch: Batch, *, loss: Loss, tx: optax.Gradien
     Args:
       state: before the update.
       batch: B examples; B a multiple of `accumulate`.
-      loss: a Loss.
+      loss: a Loss; its batch has the number of earlier updates, too, as `step`.
       tx: the optimizer whose state is in `state`.
       ema: decay d of the average, ema <- d' ema + (1 - d') params with d' = min(d, (1+t)/(10+t)).
       accumulate: parts of the batch that go through the network one after another.
@@ -46,7 +46,10 @@ def train_step(state: TrainState, batch: Batch, *, loss: Loss, tx: optax.Gradien
 
 def _gradient(loss, state, batch, key, parts):
     """The gradient, new model state and metrics; over several parts, their means."""
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    def at_step(params, model_state, batch, key):
+        return loss(params, model_state, {**batch, "step": state.step}, key)
+
+    value_and_grad = jax.value_and_grad(at_step, has_aux=True)
     if parts == 1:
         (_, (model_state, metrics)), grads = value_and_grad(state.params, state.model_state, batch, key)
         return grads, model_state, metrics

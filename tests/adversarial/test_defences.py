@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dlcourse import models, streams
-from dlcourse.adversarial import bounds, defences, gradient, threat
+from dlcourse.adversarial import bounds, certified_training, defences, gradient, threat
 from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import InputError
 from dlcourse.training import losses, state
@@ -48,14 +48,13 @@ def same(first, second, atol=1e-5):
     lambda model: defences.trades(model, WITHIN, beta=0.0, steps=2),
     lambda model: defences.awp(defences.trades(model, WITHIN, beta=0.0, steps=2), gamma=0.0),
     lambda model: defences.gaussian_augmentation(losses.cross_entropy(model), 0.0),
-    lambda model: defences.ibp_loss(model, WITHIN, kappa=1.0),
-    lambda model: defences.ibp_loss(model, WITHIN, eps=lambda batches: 0.0, kappa=0.0),
-    lambda model: defences.crown_ibp_loss(model, WITHIN, eps=lambda batches: 0.0),
+    lambda model: certified_training.ibp_loss(model, WITHIN, kappa=1.0),
+    lambda model: certified_training.ibp_loss(model, WITHIN, eps=lambda batches: 0.0, kappa=0.0),
+    lambda model: certified_training.crown_ibp_loss(model, WITHIN, eps=lambda batches: 0.0),
 ], ids="pgd fast trades awp gaussian kappa=1 ibp,eps=0 crown,eps=0".split())
 def test_without_an_enemy_it_is_cross_entropy(make):
     model, params, variables, batch = setting()
-    clocked = defences.with_clock(variables)
-    value, slope, *_ = value_and_slope(make(model), params, clocked, batch)
+    value, slope, *_ = value_and_slope(make(model), params, variables, {**batch, "step": jnp.int32(3)})
     same((value, slope), value_and_slope(losses.cross_entropy(model), params, variables, batch)[:2])
 
 
@@ -126,9 +125,10 @@ def test_attacks_see_the_network_as_evaluated_and_training_updates_its_averages(
 def test_certified_losses_follow_their_schedules():
     model, params, variables, batch = setting()
     eps, kappa = optax.linear_schedule(0.0, 0.1, 2), optax.linear_schedule(1.0, 0.5, 2)
-    tx, clocked = optax.sgd(0.0), defences.with_clock(variables)
-    start = state.TrainState(jnp.zeros((), jnp.int32), params, clocked, tx.init(params), None, KEY)
-    step = jax.jit(functools.partial(train_step, loss=defences.ibp_loss(model, WITHIN, eps=eps, kappa=kappa), tx=tx))
+    tx = optax.sgd(0.0)
+    start = state.TrainState(jnp.zeros((), jnp.int32), params, variables, tx.init(params), None, KEY)
+    loss = certified_training.ibp_loss(model, WITHIN, eps=eps, kappa=kappa)
+    step = jax.jit(functools.partial(train_step, loss=loss, tx=tx))
     plain = losses.cross_entropy(model)(params, variables, batch, KEY)[0]
     for expected, share in ((0.0, 1.0), (0.05, 0.75), (0.1, 0.5), (0.1, 0.5)):
         start, metrics = step(start, batch)
@@ -137,9 +137,9 @@ def test_certified_losses_follow_their_schedules():
                          Threat(eps=expected), sound=False)
         worst = losses.weighted_mean(-jax.nn.log_softmax(-low)[jnp.arange(6), batch["label"]], batch)
         np.testing.assert_allclose(metrics["loss"], share * plain + (1 - share) * worst, rtol=1e-5)
-    assert step._cache_size() == 1 and int(start.model_state["clock"]["batches"]) == 4
-    with pytest.raises(InputError, match="with_clock"):
-        defences.ibp_loss(model, WITHIN, eps=eps)(params, variables, batch, KEY)
+    assert step._cache_size() == 1
+    with pytest.raises(InputError, match="step"):
+        certified_training.ibp_loss(model, WITHIN, eps=eps)(params, variables, batch, KEY)
 
 
 def test_crown_ibp_mixes_bounds():
@@ -147,7 +147,7 @@ def test_crown_ibp_mixes_bounds():
     args = (predictor(model, {"params": params}), batch["image"], batch["label"], WITHIN)
     low = 0.25 * bounds.crown(*args, intermediate="ibp", sound=False) + 0.75 * bounds.ibp(*args, sound=False)
     worst = losses.weighted_mean(-jax.nn.log_softmax(-low)[jnp.arange(6), batch["label"]], batch)
-    found = value_and_slope(defences.crown_ibp_loss(model, WITHIN, beta=0.25), params, variables, batch)
+    found = value_and_slope(certified_training.crown_ibp_loss(model, WITHIN, beta=0.25), params, variables, batch)
     np.testing.assert_allclose(found[0], worst, rtol=1e-5)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found[1]))
 

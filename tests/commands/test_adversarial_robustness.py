@@ -34,7 +34,7 @@ def test_a_run_leaves_curves_strips_an_audit_and_claims(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("defence", ["pgd", "fast", "trades", "trades_awp", "mart", "gaussian"])
+@pytest.mark.parametrize("defence", ["pgd", "fast", "trades", "trades_awp", "mart", "ibp", "crown_ibp"])
 def test_every_defence_trains(defence, tmp_path):
     assert status(tmp_path, *SMALL, f"--defence={defence}", "--train_for=4steps", "--norm=l2", "--eps=0.5") == 0
 
