@@ -1,4 +1,4 @@
-"""What `adversarial_robustness` attacks with, and its claims, figures and tables."""
+"""What `adversarial_robustness` concludes from its attacks: claims, certificates, figures, tables, the audit."""
 
 from __future__ import annotations
 
@@ -9,23 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlcourse import streams
-from dlcourse.adversarial import bounds, gradient, minimal
-from dlcourse.adversarial.apgd import apgd
+from dlcourse.adversarial import bounds, defences, gradient, minimal, smoothing
 from dlcourse.adversarial.audit import audit
-from dlcourse.adversarial.autoattack import autoattack
 from dlcourse.adversarial.evaluate import attacked, named
-from dlcourse.adversarial.fab import fab
-from dlcourse.adversarial.fmn import fmn
-from dlcourse.adversarial.square import square
-from dlcourse.adversarial.threat import Threat, checked
+from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import Claim, Evidence, InputError
 from dlcourse.data import order
 from dlcourse.reporting import attacks as drawings
 from dlcourse.training import intervals
+from experiments.adversarial_suite import DRAWS, NOISE, few, scores, threat_of, worst
 
 SECTION = "Limit 2"
-NOISE = "noise"
-DRAWS = 20
 CERTIFIED = 50
 """Images that are certified at a time: bounds take far more memory than images."""
 SIZES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -33,6 +27,7 @@ SIZES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 GREY_LEVELS = 255
 UNSEEN = 8
 """Grey levels that the field takes to be invisible (8/255, Madry et al. 2018 on CIFAR-10)."""
+RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 NOISE_LEVELS = (4, 8, 16, 32, 64, 128)
 
 
@@ -42,52 +37,6 @@ def chosen(split, config) -> tuple[np.ndarray, np.ndarray]:
     rows = np.sort(order.permutation(len(split), config.run.seed, 0)[:wanted])
     batch = split[rows]
     return np.asarray(batch["image"], np.float32), np.asarray(batch["label"])
-
-
-def threat_of(config, factor: float = 1.0) -> Threat:
-    eps = config.robustness.eps * factor
-    return Threat(eps=min(eps, 1.0) if config.robustness.norm == "linf" else eps, norm=config.robustness.norm)
-
-
-def suite(config, classes: int) -> dict:
-    """Attack by name, weakest first; noise is the control."""
-    steps = config.robustness.steps
-    attacks = {NOISE: functools.partial(gradient.noise, draws=DRAWS),
-               "fgsm": gradient.fgsm,
-               "pgd": functools.partial(gradient.pgd, steps=steps, restarts=2),
-               "apgd": functools.partial(apgd, steps=steps)}
-    if classes >= 3:
-        attacks["apgd_dlr"] = functools.partial(apgd, steps=steps, objective="dlr")
-    return attacks | {"fab": functools.partial(fab, steps=steps), "square": functools.partial(square, queries=1000)}
-
-
-def run_attacks(config, predict, images, labels, metrics) -> dict:
-    """Results by attack's name, among them "fmn", the nearest images; accuracies go to `metrics`."""
-    classes = predict(images[:1]).shape[-1]
-    checked(threat_of(config), jnp.asarray(images), jnp.asarray(labels), classes=classes)
-    key = streams.root(config.run.seed)
-    found = {name: attacked(attack, named(key, name), predict, images, labels, threat_of(config))
-             for name, attack in suite(config, classes).items()}
-    if config.robustness.autoattack:
-        keys = jax.vmap(lambda i: jax.random.fold_in(named(key, "autoattack"), i))(jnp.arange(len(labels)))
-        result = autoattack(keys, predict, jnp.asarray(images), jnp.asarray(labels), threat_of(config))
-        found["autoattack"] = jax.tree.map(np.asarray, result)
-    found["fmn"] = attacked(fmn, named(key, "fmn"), predict, images, labels, threat_of(config))
-    for name, result in found.items():
-        metrics |= scores(name, ~result.success)
-    metrics |= scores("worst", ~worst(found))
-    return found
-
-
-def worst(found) -> np.ndarray:
-    """(N,) whether any attack fooled the network."""
-    return np.any([result.success for name, result in found.items() if name != NOISE], axis=0)
-
-
-def scores(name: str, right: np.ndarray) -> dict[str, float]:
-    """Accuracy with its interval, as metrics of an attack."""
-    low, high = intervals.wilson(int(right.sum()), len(right))
-    return {f"{name}/accuracy": float(right.mean()), f"{name}/accuracy_low": low, f"{name}/accuracy_high": high}
 
 
 def claims(config, predict, images, labels, found, metrics) -> list[Claim]:
@@ -160,8 +109,8 @@ CURVES = (NOISE, "fgsm", "pgd", "apgd")
 
 
 def draw(config, run, predict, images, labels, class_names, found, metrics) -> None:
-    """Accuracy by the size of the change, and images before and after."""
-    key, attacks = streams.root(config.run.seed), suite(config, len(class_names))
+    """Accuracy by the size of the change, images before and after, and one after the single step of the panda."""
+    key, attacks = streams.root(config.run.seed), few(config, len(class_names))
     clean = np.asarray(predict(images)).argmax(-1) == labels
     curves = {name: [float(clean.mean())] for name in CURVES}
     for factor in SIZES[1:]:
@@ -174,17 +123,25 @@ def draw(config, run, predict, images, labels, class_names, found, metrics) -> N
     sizes = [unit * float(threat_of(config, factor).eps) if factor else 0.0 for factor in SIZES]
     run.figure("accuracy_by_size", **drawings.accuracy_by_size(sizes, curves, (NOISE,), name[config.robustness.norm],
                                                                len(labels)))
-    before, after = (np.asarray(jax.nn.softmax(predict(x))) for x in (images, found["pgd"].images))
-    fooled = np.flatnonzero(clean & found["pgd"].success)
-    rows = fooled[np.argsort(-after[fooled].max(-1), kind="stable")][:6]
-    if len(rows):
-        verdicts = [[drawings.verdict(class_names[p[i].argmax()], p[i].max()) for i in rows] for p in (before, after)]
-        largest = max(float(np.abs(found["pgd"].images[rows] - images[rows]).max()), 1e-6)
-        run.figure("strips", **drawings.strips(
-            images[rows], found["pgd"].images[rows], *verdicts, 0.5 / largest,
-            f"An image, a change of at most {config.robustness.eps:g} ({config.robustness.norm}), and their sum.",
-            f"PGD with {config.robustness.steps} steps; of the {len(fooled)} images that it fooled those where the "
-            "network is surest of the wrong class."))
+    surest = functools.partial(_surest, run, config, predict, images, clean, class_names)
+    surest("strips", found["pgd"], 6, f"PGD with {config.robustness.steps} steps")
+    surest("panda", found["fgsm"], 1, "One step of eps along the sign of the gradient (FGSM), as the panda that became "
+           "a gibbon in Goodfellow et al. 2015, figure 1")
+
+
+def _surest(run, config, predict, images, clean, class_names, name, result, count, how) -> None:
+    """A figure of those images that an attack fooled of which the network is surest afterwards."""
+    before, after = (np.asarray(jax.nn.softmax(predict(x))) for x in (images, result.images))
+    fooled = np.flatnonzero(clean & result.success)
+    rows = fooled[np.argsort(-after[fooled].max(-1), kind="stable")][:count]
+    if not len(rows):
+        return
+    verdicts = [[drawings.verdict(class_names[p[i].argmax()], p[i].max()) for i in rows] for p in (before, after)]
+    largest = max(float(np.abs(result.images[rows] - images[rows]).max()), 1e-6)
+    run.figure(name, **drawings.strips(
+        images[rows], result.images[rows], *verdicts, 0.5 / largest,
+        f"An image, a change of at most {config.robustness.eps:g} ({config.robustness.norm}), and their sum.",
+        f"{how}; of the {len(fooled)} images that it fooled those where the network is surest of the wrong class."))
 
 
 def table(config, labels, found, metrics) -> dict:
@@ -216,6 +173,43 @@ def certify(config, predict, images, labels, metrics) -> np.ndarray | None:
     found = np.concatenate(proved)[: len(labels)]
     metrics |= scores("certified", found)
     return found
+
+
+def smoothed(config, run, predict, images, labels, metrics) -> None:
+    """Certificates of the network under noise, whose deviation is eps: their average radius (ACR) and their curve."""
+    if config.robustness.defence != "gaussian":
+        return
+    sigma, key = config.robustness.eps, named(streams.root(config.run.seed), "smoothing")
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(labels)))
+    parts = []
+    for low in range(0, len(labels), CERTIFIED):
+        rows = np.minimum(np.arange(low, low + CERTIFIED), len(labels) - 1)
+        parts.append(smoothing.certify(keys[rows], predict, jnp.asarray(images[rows]), sigma,
+                                       samples=config.robustness.noisy_copies))
+    found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(labels)], *parts)
+    radii = np.linspace(0, 4 * sigma, 41)
+    curve = smoothing.certified_accuracy(found, labels, radii)
+    metrics |= scores("smoothed", found.predicted == labels)
+    metrics |= {"smoothed/average_certified_radius": smoothing.average_radius(found, labels),
+                "smoothed/abstained": float((found.predicted == smoothing.ABSTAIN).mean())}
+    metrics |= {f"smoothed/certified_at_{radius:g}": float(smoothing.certified_accuracy(found, labels, [radius])[0])
+                for radius in RADII if radius < 4 * sigma}
+    run.figure("certified_by_radius", **drawings.certified_by_radius(
+        radii, curve, sigma, config.robustness.noisy_copies, len(labels)))
+
+
+def overfitting(config, predict, split, metrics) -> list[str]:
+    """The alarm of catastrophic overfitting, on training images: what it says, if it does (Wong et al. 2020, 5.4)."""
+    if config.robustness.defence != "fast":
+        return []
+    images, labels = chosen(split, config)
+    gap = defences.single_step_gap(named(streams.root(config.run.seed), "gap"), predict, jnp.asarray(images),
+                                   jnp.asarray(labels), threat_of(config))
+    metrics |= {f"training/{name}": float(value) for name, value in gap.items()}
+    if not defences.overfitted(gap["gap"]):
+        return []
+    return [f"catastrophic overfitting: on training images accuracy is {100 * float(gap['fgsm_accuracy']):.0f} % under "
+            f"one step and {100 * float(gap['pgd_accuracy']):.0f} % under ten; train with --defence=pgd, or less long"]
 
 
 def audited(config, predict, images, labels, found, certified, metrics) -> dict:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from typing import Literal
 
@@ -35,9 +36,10 @@ class Robustness:
                                      "0.05 without bounds; 0: it is whole from the start")
     clean_weight: float = settings.setting(0.0, "weight of the clean loss beside that of the bounds, once eps is whole")
     noisy_copies: int = settings.setting(10_000, "of each image, in the certificates of randomised smoothing")
-    attacked: int = settings.setting(500, "test images that are attacked, drawn by the seed; 0: all")
+    attacked: int = settings.setting(200, "test images that are attacked, drawn by the seed; 0: all")
     steps: int = settings.setting(40, "gradients of PGD and of each of APGD's runs in the curves")
-    autoattack: bool = settings.setting(False, "run AutoAttack, too, the strongest and slowest")
+    attacks: Literal["few", "autoattack", "all"] = settings.setting(
+        "few", "run AutoAttack, too, the strongest one (autoattack), or all attacks there are (all)")
 
     def __post_init__(self):
         if not self.eps > 0:
@@ -58,7 +60,7 @@ class Robustness:
 @dataclasses.dataclass(frozen=True)
 class Config:
     data: settings.Data = settings.Data()
-    model: settings.Model = settings.Model()
+    model: settings.Model = settings.Model(model="convnet,width=16")
     optimizer: settings.Optimizer = settings.Optimizer()
     run: settings.Run = settings.Run(checkpoint_every="10epochs")
     devices: settings.Devices = settings.Devices()
@@ -105,6 +107,7 @@ def main(config: Config, run) -> None:
     from dlcourse.reporting import environment, files
     from dlcourse.training import evaluation
     from experiments import adversarial_evidence as evidence
+    from experiments import adversarial_suite as suite
     from experiments import train
 
     began = time.monotonic()
@@ -116,13 +119,19 @@ def main(config: Config, run) -> None:
     clean = evaluation.predictions(predict, dataset.splits["test"])
     metrics = {f"test/{name}": value for name, value in evaluation.summarise(clean)}
     images, labels = evidence.chosen(dataset.splits["test"], config)
-    attacks = evidence.run_attacks(config, predict, images, labels, metrics)
+    attacks = suite.run(config, predict, images, labels, metrics)
     certified = evidence.certify(config, predict, images, labels, metrics)
+    evidence.smoothed(config, run, predict, images, labels, metrics)
     claims = evidence.claims(config, predict, images, labels, attacks, metrics)
     evidence.draw(config, run, predict, images, labels, dataset.class_names, attacks, metrics)
     audited = evidence.audited(config, predict, images, labels, attacks, certified, metrics)
     files.write_atomically(run.path / "audit.json", json.dumps(audited, indent=1))
     tables = [evidence.table(config, labels, attacks, metrics), evidence.signs(audited)]
+    if config.robustness.attacks == "all":
+        fitting = evidence.chosen(dataset.splits["train"], config)
+        tables.insert(1, suite.all_of_them(config, predict, images, labels, fitting, metrics))
+    for alarm in evidence.overfitting(config, predict, dataset.splits["train"], metrics):
+        print(f"alarm: {alarm}", file=sys.stderr)
     seconds = {"total": time.monotonic() - began + trained.seconds["earlier"], **trained.seconds}
     run.finish(metrics, claims, seconds, environment.describe(), tables=tables)
 

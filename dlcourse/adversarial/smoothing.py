@@ -37,11 +37,11 @@ class Smoothed(struct.PyTreeNode):
     probability: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnames=("samples", "chunk"))
 def counts(key, predict: Predict, images, sigma, *, samples: int, chunk: int = 100) -> jax.Array:
     """(B,K) int32: how often each class is predicted under noise (SAMPLEUNDERNOISE).
 
-    Noisy images are not clipped. A prediction of logits that are not finite counts for no class.
+    Noisy images are not clipped. A prediction of logits that are not finite counts for no class. Call it outside of
+    jit: chunks are dispatched one by one, since convolutions in a loop of XLA's are slow on a CPU.
 
     Args:
       key: (), or (B,) keys; what is drawn for an image depends on its own key, and on `chunk`, alone.
@@ -51,21 +51,22 @@ def counts(key, predict: Predict, images, sigma, *, samples: int, chunk: int = 1
       samples: an image.
       chunk: noisy images of each image that are classified at once.
     """
-    keys = example_keys(key, len(images))
-    classes = jax.eval_shape(predict, images).shape[-1]
+    keys, sigma = example_keys(key, len(images)), jnp.asarray(sigma, images.dtype)
+    found = jnp.zeros((len(images), jax.eval_shape(predict, images).shape[-1]), jnp.int32)
+    for number in range(-(-samples // chunk)):
+        found += _counted(keys, predict, images, sigma, number, min(chunk, samples - number * chunk), chunk)
+    return found
 
-    def more(number, found):
-        own = jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
-        noise = jax.vmap(lambda k: jax.random.normal(k, (chunk, *images.shape[1:]), images.dtype))(own)
-        noisy = images[:, None] + jnp.asarray(sigma, images.dtype) * noise
-        logits = predict(noisy.reshape(-1, *images.shape[1:]))
-        counted = jax.nn.one_hot(logits.argmax(-1), classes, dtype=jnp.int32)
-        counted = jnp.where(jnp.isfinite(logits).all(-1, keepdims=True), counted, 0).reshape(len(images), chunk, -1)
-        drawn = number * chunk + jnp.arange(chunk) < samples
-        return found + (counted * drawn[None, :, None]).sum(1)
 
-    start = jnp.zeros((len(images), classes), jnp.int32)
-    return jax.lax.fori_loop(0, -(-samples // chunk), more, start)
+@functools.partial(jax.jit, static_argnames=("chunk",))
+def _counted(keys, predict, images, sigma, number, wanted, chunk):
+    """The counts of the first `wanted` noisy images of a chunk."""
+    own = jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
+    noise = jax.vmap(lambda k: jax.random.normal(k, (chunk, *images.shape[1:]), images.dtype))(own)
+    logits = predict((images[:, None] + sigma * noise).reshape(-1, *images.shape[1:]))
+    counted = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=jnp.int32)
+    counted = jnp.where(jnp.isfinite(logits).all(-1, keepdims=True), counted, 0).reshape(len(images), chunk, -1)
+    return (counted * (jnp.arange(chunk) < wanted)[None, :, None]).sum(1)
 
 
 def certify(key, predict: Predict, images, sigma: float, *, selection: int = 100, samples: int = 100_000,

@@ -42,6 +42,29 @@ def accuracy_by_size(sizes: Sequence[float], accuracies: Mapping[str, Sequence[f
 
 
 @styled
+def certified_by_radius(radii: Sequence[float], accuracy: Sequence[float], sigma: float, samples: int,
+                        n: int) -> Drawing:
+    """The share of images whose class is right and certain to stay so within each radius.
+
+    Args:
+      radii: (R,) l2, in pixels' units.
+      accuracy: (R,) in [0, 1].
+      sigma: of the noise.
+      samples: noisy copies an image.
+      n: images.
+    """
+    fig = Figure(figsize=(5, 3))
+    ax = fig.subplots()
+    ax.step(radii, accuracy, where="post", color=BLUE)
+    ax.set(xlabel="radius (L2)", ylabel="certified accuracy", ylim=(0, 1.02), xlim=(0, radii[-1]))
+    return Drawing(fig=fig, caption="Randomised smoothing: images whose class cannot change within a radius.",
+                   alt=f"Certified accuracy falls from {percent(accuracy[0])} at radius 0 to {percent(accuracy[-1])} "
+                       f"at {radii[-1]:.3g}.",
+                   how=f"CERTIFY (Cohen et al. 2019) with noise of deviation {sigma:g} and {samples} noisy copies of "
+                       f"each of {n} test images; each certificate is wrong with probability 0.001.")
+
+
+@styled
 def strips(originals: np.ndarray, changed: np.ndarray, before: Sequence[str], after: Sequence[str], scale: float,
            caption: str, how: str) -> Drawing:
     """Each image, the change made visible, and the result, with what the network says of both.

@@ -82,13 +82,13 @@ def test_counts_are_binomial_complete_and_each_image_s_own():
     assert (together.sum(-1) == 1234).all()
     expected = 1234 * stats.norm.cdf(distances / 0.25)
     assert (np.abs(together[:, 1] - expected) < 5 * np.sqrt(1234) / 2).all()
-    compiled = smoothing.counts._cache_size()
+    compiled = smoothing._counted._cache_size()
     for order in (np.arange(6)[::-1], np.array([2, 2, 5, 0, 1, 3])):
         again = smoothing.counts(keys[order], predict, images[order], 0.25, samples=1234, chunk=100)
         np.testing.assert_array_equal(again, together[order])
     other = jax.tree.map(lambda leaf: -leaf, predict)
     mirrored = smoothing.counts(keys, other, images, 0.5, samples=1234, chunk=100)
-    assert smoothing.counts._cache_size() == compiled
+    assert smoothing._counted._cache_size() == compiled
     expected = 1234 * stats.norm.cdf(-distances / 0.5)
     assert (np.abs(mirrored[:, 1] - expected) < 5 * np.sqrt(1234) / 2).all()
 

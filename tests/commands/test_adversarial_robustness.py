@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from commands import ROOT
 
-from experiments import adversarial_robustness, command, parsing, train
+from experiments import adversarial_evidence, adversarial_robustness, command, parsing, train
+from experiments.adversarial_robustness import Config, Robustness
 
 SMALL = ["--model=mlp,width=32", "--train_for=3epochs", "--attacked=20", "--steps=5", "--notensorboard"]
 
@@ -30,7 +31,39 @@ def test_a_run_leaves_curves_strips_an_audit_and_claims(tmp_path):
     assert "success_misreported" not in audit["flagged"] and "certificate_broken" not in audit["flagged"]
     assert [claim["id"] for claim in result["claims"]] == ["L20.fooled", "L20.surer", "L20.unseen"]
     assert {figure["file"].rsplit("/")[-1].split(".")[0] for figure in result["figures"]} == {
-        "accuracy_by_size", "strips"}
+        "accuracy_by_size", "strips", "panda"}
+
+
+@pytest.mark.slow
+def test_all_attacks_make_a_table_of_their_own(tmp_path):
+    assert status(tmp_path, *SMALL, "--attacks=all", "--eps=0.2", "--model=mlp,width=8,depth=1") == 0
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert metrics["autoattack/accuracy"] <= metrics["apgd/accuracy"]
+    assert metrics["spsa/accuracy"] < metrics["noise/accuracy"]
+    assert metrics["universal/accuracy"] < metrics["noise/accuracy"]
+    # The nearest in l2 can be no farther than a decision-based attack's, up to what the search leaves.
+    assert metrics["ddn/median_size"] <= 1.05 * metrics["boundary/median_size"]
+    assert metrics["fmn (l0)/median_size"] >= 1
+
+
+@pytest.mark.slow
+def test_a_network_trained_under_noise_is_judged_under_noise(tmp_path):
+    assert status(tmp_path, *SMALL, "--defence=gaussian", "--norm=l2", "--eps=0.25", "--noisy_copies=200") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    metrics = result["metrics"]
+    assert 0 < metrics["smoothed/average_certified_radius"] < 1
+    assert metrics["smoothed/certified_at_0.25"] <= metrics["smoothed/accuracy"] <= 1
+    assert any("certified_by_radius" in figure["file"] for figure in result["figures"])
+
+
+def test_an_overfitted_network_raises_the_alarm(monkeypatch):
+    monkeypatch.setattr(adversarial_evidence.defences, "single_step_gap",
+                        lambda *_, **__: {"fgsm_accuracy": 0.9, "pgd_accuracy": 0.1, "gap": -0.8})
+    config, metrics = Config(robustness=Robustness(defence="fast")), {}
+    dataset = train.load_data(config.data, 0)
+    (said,) = adversarial_evidence.overfitting(config, None, dataset.splits["train"], metrics)
+    assert "catastrophic overfitting" in said and metrics["training/gap"] == -0.8
+    assert not adversarial_evidence.overfitting(Config(), None, dataset.splits["train"], {})
 
 
 @pytest.mark.slow
@@ -63,6 +96,8 @@ def test_a_preset_takes_a_step_on_made_up_data_of_its_shape(preset):
 
 @pytest.mark.parametrize(("flag", "said"), [
     ("--eps=0", "--eps=0"), ("--eps=2", "beyond the box"), ("--attacked=5", "--attacked=5"), ("--steps=0", "--steps=0"),
+    ("--growth=1", "--growth=1"), ("--clean_weight=2", "--clean_weight=2"), ("--noisy_copies=0", "--noisy_copies=0"),
+    ("--attacks=some", "some"),
     ("--norm=l7", "l7"), ("--defence=prayer", "prayer")])
 def test_what_cannot_be_attacked_is_refused(flag, said, tmp_path, capsys):
     assert status(tmp_path, flag) == 2

@@ -1,0 +1,156 @@
+"""The attacks that `adversarial_robustness` runs: a few on every network, all there are where they are asked for."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlcourse import streams
+from dlcourse.adversarial import gradient, minimal, patch, spatial, universal
+from dlcourse.adversarial.apgd import apgd
+from dlcourse.adversarial.autoattack import autoattack
+from dlcourse.adversarial.carlini_wagner import carlini_wagner
+from dlcourse.adversarial.ddn import ddn
+from dlcourse.adversarial.decision import boundary, hop_skip_jump
+from dlcourse.adversarial.deepfool import deepfool
+from dlcourse.adversarial.ead import ead
+from dlcourse.adversarial.estimated import nes, spsa
+from dlcourse.adversarial.evaluate import attacked, named
+from dlcourse.adversarial.fab import fab
+from dlcourse.adversarial.fmn import fmn
+from dlcourse.adversarial.square import square
+from dlcourse.adversarial.threat import Threat, checked
+from dlcourse.training import intervals
+
+NOISE = "noise"
+DRAWS = 20
+TABLED = 100
+"""Images of the table of all attacks, at most: those that see decisions alone ask thousands of times for each."""
+TARGET = 0
+"""The class that the patch is made for."""
+OWN_NORM = {"deepfool": "l2", "ddn": "l2", "carlini_wagner": "l2", "boundary": "l2", "hop_skip_jump": "l2", "ead": "l1",
+            "fmn (l1)": "l1", "fmn (l0)": "l0"}
+"""Of attacks for the smallest change that have one norm, whatever the threat's."""
+
+
+def threat_of(config, factor: float = 1.0) -> Threat:
+    eps = config.robustness.eps * factor
+    return Threat(eps=min(eps, 1.0) if config.robustness.norm == "linf" else eps, norm=config.robustness.norm)
+
+
+def few(config, classes: int) -> dict:
+    """Attack by name, weakest first; noise is the control."""
+    steps = config.robustness.steps
+    attacks = {NOISE: functools.partial(gradient.noise, draws=DRAWS),
+               "fgsm": gradient.fgsm,
+               "pgd": functools.partial(gradient.pgd, steps=steps, restarts=2),
+               "apgd": functools.partial(apgd, steps=steps)}
+    if classes >= 3:
+        attacks["apgd_dlr"] = functools.partial(apgd, steps=steps, objective="dlr")
+    return attacks | {"fab": functools.partial(fab, steps=steps), "square": functools.partial(square, queries=1000)}
+
+
+def others() -> dict:
+    """The attacks of an image at a time that only `--attacks=all` runs, by name: (attack, what it sees)."""
+    return {"n_fgsm": (gradient.n_fgsm, "gradients"),
+            "deepfool": (deepfool, "gradients"),
+            "ddn": (ddn, "gradients"),
+            "carlini_wagner": (functools.partial(carlini_wagner, steps=500, rounds=5), "gradients"),
+            "ead": (functools.partial(ead, steps=500, rounds=5), "gradients"),
+            "fmn (l1)": (fmn, "gradients"),
+            "fmn (l0)": (fmn, "gradients"),
+            "spsa": (functools.partial(spsa, steps=20, pairs=64), "logits"),
+            "nes": (functools.partial(nes, steps=40), "logits"),
+            "boundary": (functools.partial(boundary, steps=2000), "the class"),
+            "hop_skip_jump": (functools.partial(hop_skip_jump, steps=10, most_draws=1000), "the class")}
+
+
+def run(config, predict, images, labels, metrics) -> dict:
+    """Results of the few by attack's name, among them "fmn", the nearest images; accuracies go to `metrics`."""
+    classes = predict(images[:1]).shape[-1]
+    checked(threat_of(config), jnp.asarray(images), jnp.asarray(labels), classes=classes)
+    key = streams.root(config.run.seed)
+    found = {name: attacked(attack, named(key, name), predict, images, labels, threat_of(config))
+             for name, attack in few(config, classes).items()}
+    if config.robustness.attacks != "few":
+        keys = jax.vmap(lambda i: jax.random.fold_in(named(key, "autoattack"), i))(jnp.arange(len(labels)))
+        result = autoattack(keys, predict, jnp.asarray(images), jnp.asarray(labels), threat_of(config))
+        found["autoattack"] = jax.tree.map(np.asarray, result)
+    found["fmn"] = attacked(fmn, named(key, "fmn"), predict, images, labels, threat_of(config))
+    for name, result in found.items():
+        metrics |= scores(name, ~result.success)
+    metrics |= scores("worst", ~worst(found))
+    return found
+
+
+def worst(found) -> np.ndarray:
+    """(N,) whether any attack fooled the network."""
+    return np.any([result.success for name, result in found.items() if name != NOISE], axis=0)
+
+
+def scores(name: str, right: np.ndarray) -> dict[str, float]:
+    """Accuracy with its interval, as metrics of an attack."""
+    low, high = intervals.wilson(int(right.sum()), len(right))
+    return {f"{name}/accuracy": float(right.mean()), f"{name}/accuracy_low": low, f"{name}/accuracy_high": high}
+
+
+def all_of_them(config, predict, images, labels, fitting, metrics) -> dict:
+    """The table of the attacks that the few leave out: each in its own norm, or by what else it may do.
+
+    Args:
+      config: of the experiment.
+      predict: images -> logits, a pytree.
+      images, labels: attacked; at most TABLED of them are.
+      fitting: (images, labels) that the universal change and the patch are made from, none of those above.
+      metrics: to add accuracies to.
+    """
+    key, images, labels = streams.root(config.run.seed), images[:TABLED], labels[:TABLED]
+    clean = np.asarray(predict(images)).argmax(-1) == labels
+    rows = [["none", "", "", *_accuracy(clean), "", ""]]
+    for name, (attack, sees) in others().items():
+        threat = threat_of(config)
+        norm = OWN_NORM.get(name, threat.norm)
+        found = attacked(attack, named(key, name), predict, images, labels, threat.replace(norm=norm))
+        smallest = np.asarray(minimal.distances(found))[clean] if name in OWN_NORM else found.norm[clean]
+        within = norm == threat.norm
+        if within:
+            metrics |= scores(name, ~found.success)
+        metrics[f"{name}/median_size"] = float(np.median(smallest))
+        rows.append([name, norm if name in OWN_NORM else f"{norm} {float(threat.eps):g}", sees,
+                     *(_accuracy(~found.success) if within else ("", "")), f"{np.median(smallest):.4g}",
+                     f"{found.queries.mean():.0f}"])
+    rows += _of_all_images(key, predict, images, labels, fitting, threat_of(config), metrics)
+    return {"title": "All other attacks",
+            "header": ["attack", "what it may do", "it sees", "accuracy", "95 % interval", "median size", "queries"],
+            "rows": rows,
+            "note": f"Over {len(labels)} test images. Sizes are medians over those that were right, in an attack's own "
+                    "norm; an accuracy stands where that is the threat's. The universal change and the patch were "
+                    f"made from {len(fitting[1])} training images."}
+
+
+def _of_all_images(key, predict, images, labels, fitting, threat, metrics) -> list[list[str]]:
+    """Rows of attacks that are no small change of one image: one change for all, a patch, turning and shifting."""
+    fit, fit_labels = (jnp.asarray(each) for each in fitting)
+    change = universal.universal(named(key, "universal"), predict, fit, fit_labels, threat)
+    right = {"universal": ~np.asarray(universal.applied(change, predict, images, jnp.asarray(labels), threat).success)}
+    learnt, _ = patch.learn(named(key, "patch"), predict, fit, jnp.asarray(TARGET))
+    others = labels != TARGET
+    for name, each in {"patch": learnt, "grey patch": jnp.full_like(learnt, 0.5)}.items():
+        right[name] = ~np.asarray(patch.hits(named(key, "patch"), predict, images, jnp.asarray(TARGET), each))[others]
+    turn = functools.partial(spatial.grid, angles=13)
+    right["spatial"] = ~attacked(turn, named(key, "spatial"), predict, images, labels, threat).success
+    said = {"universal": (f"{threat.norm} {float(threat.eps):g}, the same for all", "gradients"),
+            "patch": (f"a patch, anywhere, for class {TARGET}; right: not taken for it", "gradients"),
+            "grey patch": ("control: the same of middle grey", "nothing"),
+            "spatial": ("turn by 30 degrees, shift by 3 pixels", "the class")}
+    for name, each in right.items():
+        metrics |= scores(name.replace(" ", "_"), each)
+    return [[name, *said[name], *_accuracy(each), "", ""] for name, each in right.items()]
+
+
+def _accuracy(right) -> tuple[str, str]:
+    low, high = intervals.wilson(int(np.sum(right)), len(right))
+    return f"{100 * np.mean(right):.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"
