@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import Claim, Evidence, InputError
 from dlcourse.data import order
 from dlcourse.reporting import attacks as drawings
+from dlcourse.reporting import files
+from dlcourse.reporting.run import read_result
 from dlcourse.training import intervals
 from experiments.adversarial_suite import DRAWS, NOISE, few, scores, threat_of, worst
 
@@ -196,6 +200,34 @@ def smoothed(config, run, predict, images, labels, metrics) -> None:
                 for radius in RADII if radius < 4 * sigma}
     run.figure("certified_by_radius", **drawings.certified_by_radius(
         radii, curve, sigma, config.robustness.noisy_copies, len(labels)))
+
+
+def finished(config) -> dict[str, dict]:
+    """The metrics of the runs that are to stand beside this one, by folder's name.
+
+    Raises:
+      InputError: no finished run there, or one of other data or another threat.
+    """
+    found = {}
+    for folder in filter(None, config.robustness.beside.split(",")):
+        result = read_result(folder)
+        if result is None or result["experiment"] != "adversarial_robustness":
+            raise InputError(f"--beside={folder}: no finished run of adversarial_robustness")
+        there, here = result["config"], files.plain(dataclasses.asdict(config))
+        for concern, name in (("data", "dataset"), ("robustness", "norm"), ("robustness", "eps")):
+            if there[concern][name] != here[concern][name]:
+                raise InputError(f"--beside={folder}: its {name} is {there[concern][name]}, here it is "
+                                 f"{here[concern][name]}")
+        found[Path(folder).name] = result["metrics"]
+    return found
+
+
+def trade_off(config, run, others, metrics, n) -> None:
+    """Accuracy against accuracy under attack, of this network and of those beside it."""
+    networks = {**others, "this one": metrics}
+    points = {name: tuple(each[f"{part}/accuracy"] for part in ("test", "worst")) for name, each in networks.items()}
+    if others:
+        run.figure("trade_off", **drawings.trade_off(points, f"{config.robustness.norm} {config.robustness.eps:g}", n))
 
 
 def overfitting(config, predict, split, metrics) -> list[str]:

@@ -35,6 +35,8 @@ class Robustness:
     growth: float = settings.setting(0.25, "share of training in which eps of ibp and crown_ibp grows from 0, after "
                                      "0.05 without bounds; 0: it is whole from the start")
     clean_weight: float = settings.setting(0.0, "weight of the clean loss beside that of the bounds, once eps is whole")
+    beside: str = settings.setting("", "folders of finished runs, comma separated, to draw in the trade-off of robust "
+                                   "and clean accuracy beside this one")
     noisy_copies: int = settings.setting(10_000, "of each image, in the certificates of randomised smoothing")
     attacked: int = settings.setting(200, "test images that are attacked, drawn by the seed; 0: all")
     steps: int = settings.setting(40, "gradients of PGD and of each of APGD's runs in the curves")
@@ -111,6 +113,7 @@ def main(config: Config, run) -> None:
     from experiments import train
 
     began = time.monotonic()
+    others = evidence.finished(config)
     dataset = train.load_data(config.data, config.run.seed)
     model = train.build_model(config.model, dataset)
     train.banner(config, dataset, model, run)
@@ -124,6 +127,7 @@ def main(config: Config, run) -> None:
     evidence.smoothed(config, run, predict, images, labels, metrics)
     claims = evidence.claims(config, predict, images, labels, attacks, metrics)
     evidence.draw(config, run, predict, images, labels, dataset.class_names, attacks, metrics)
+    evidence.trade_off(config, run, others, metrics, len(labels))
     audited = evidence.audited(config, predict, images, labels, attacks, certified, metrics)
     files.write_atomically(run.path / "audit.json", json.dumps(audited, indent=1))
     tables = [evidence.table(config, labels, attacks, metrics), evidence.signs(audited)]

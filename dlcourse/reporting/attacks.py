@@ -65,6 +65,29 @@ def certified_by_radius(radii: Sequence[float], accuracy: Sequence[float], sigma
 
 
 @styled
+def trade_off(networks: Mapping[str, tuple[float, float]], threat: str, n: int) -> Drawing:
+    """Accuracy under attack by accuracy without, a point a network.
+
+    Args:
+      networks: name -> (clean, attacked), both in [0, 1].
+      threat: that the second holds for.
+      n: images attacked.
+    """
+    fig = Figure(figsize=(5, 3.4))
+    ax = fig.subplots()
+    for name, (clean, attacked) in networks.items():
+        ax.plot([clean], [attacked], "o", color=BLUE)
+        ax.annotate(shorten(name), (clean, attacked), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    ax.set(xlabel="accuracy", ylabel=f"accuracy, {threat}")
+    ax.margins(0.2)
+    said = "; ".join(f"{name} {percent(clean)}, {percent(attacked)} under attack"
+                     for name, (clean, attacked) in networks.items())
+    return Drawing(fig=fig, caption="What robustness costs: accuracy under attack against accuracy without.",
+                   alt=f"Accuracy without and under attack: {said}.",
+                   how=f"Without attack over the whole test split, under the worst of all attacks over {n} images.")
+
+
+@styled
 def strips(originals: np.ndarray, changed: np.ndarray, before: Sequence[str], after: Sequence[str], scale: float,
            caption: str, how: str) -> Drawing:
     """Each image, the change made visible, and the result, with what the network says of both.

@@ -1,12 +1,15 @@
 """A network is trained, attacked, certified and audited in one command."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 from commands import ROOT
 
+from dlcourse.contracts import InputError
 from experiments import adversarial_evidence, adversarial_robustness, command, parsing, train
 from experiments.adversarial_robustness import Config, Robustness
 
@@ -32,6 +35,24 @@ def test_a_run_leaves_curves_strips_an_audit_and_claims(tmp_path):
     assert [claim["id"] for claim in result["claims"]] == ["L20.fooled", "L20.surer", "L20.unseen"]
     assert {figure["file"].rsplit("/")[-1].split(".")[0] for figure in result["figures"]} == {
         "accuracy_by_size", "strips", "panda"}
+
+
+def test_networks_are_drawn_beside_finished_runs_of_the_same_threat_alone(tmp_path):
+    there = tmp_path / "earlier"
+    there.mkdir()
+    config = dataclasses.asdict(Config())
+    record = {"experiment": "adversarial_robustness", "config": config,
+              "metrics": {"test/accuracy": 0.9, "worst/accuracy": 0.5}}
+    (there / "result.json").write_text(json.dumps(record))
+    beside = Config(robustness=Robustness(beside=str(there)))
+    others, drawn = adversarial_evidence.finished(beside), {}
+    run = types.SimpleNamespace(figure=lambda name, **drawing: drawn.setdefault(name, drawing))
+    adversarial_evidence.trade_off(beside, run, others, {"test/accuracy": 0.8, "worst/accuracy": 0.7}, 100)
+    assert "earlier 90" in drawn["trade_off"]["alt"] and "this one 80" in drawn["trade_off"]["alt"]
+    with pytest.raises(InputError, match="its eps is"):
+        adversarial_evidence.finished(Config(robustness=Robustness(beside=str(there), eps=0.2)))
+    with pytest.raises(InputError, match="no finished run"):
+        adversarial_evidence.finished(Config(robustness=Robustness(beside=str(tmp_path))))
 
 
 @pytest.mark.slow
