@@ -8,7 +8,7 @@ Lecture, limit 2: an image and one that no person can tell from it are classifie
 
     launch/local adversarial_robustness                                   digits, L-infinity 0.1: 6 min on 2 CPU cores
     launch/local adversarial_robustness --defence=pgd                     the same, trained against it
-    launch/local adversarial_robustness --init_from=RUN --model=...       attacks a network that was trained before
+    launch/local adversarial_robustness --init_from=RUN --train_for=0steps     attacks a network that was trained before
 """
 
 from __future__ import annotations

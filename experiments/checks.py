@@ -46,7 +46,8 @@ def check(values: dict[str, Any], given: dict[str, Any]) -> None:
     for name, duration in times.items():
         if duration.unit == "minutes" and name in ("eval_every", "profile"):
             raise InputError(f"--{name}={values[name]}: give it in epochs, steps or examples")
-        if duration.value == 0 and name not in ("warmup", "profile"):
+        untrained = name == "train_for" and values.get("init_from")  # what is there is judged as it is
+        if duration.value == 0 and name not in ("warmup", "profile") and not untrained:
             raise InputError(f"--{name}={values[name]}: must be longer than nothing")
     if "coordinator" in values:
         cluster.check(values)
@@ -75,5 +76,5 @@ def _check_warmup(values, schedule, warmup, train_for) -> None:
     if schedule == "one_cycle" and warmup.value:
         raise InputError(f"--warmup={values['warmup']} contradicts --schedule=one_cycle, which warms up by itself; "
                          "leave it out or take --schedule=cosine")
-    if train_for and warmup.unit == train_for.unit and warmup.value >= train_for.value:
+    if train_for and train_for.value and warmup.unit == train_for.unit and warmup.value >= train_for.value:
         raise InputError(f"--warmup={values['warmup']} leaves nothing of --train_for={values['train_for']}")

@@ -93,7 +93,8 @@ def banner(config, dataset: Dataset, model, run: Run) -> None:
 
 def make_optimizer(wanted: settings.Optimizer, total: int | None, period):
     """The learning rate by step and the optimizer, for `total` updates; `period` turns a duration into updates."""
-    rate = optimizers.schedule(wanted.schedule, wanted.learning_rate, total or 0, period(wanted.warmup))
+    total = 0 if total is None else max(total, 1)  # one cycle needs a length even where nothing is trained
+    rate = optimizers.schedule(wanted.schedule, wanted.learning_rate, total, period(wanted.warmup))
     return rate, optimizers.create(
         wanted.optimizer, rate, weight_decay=wanted.weight_decay, momentum=wanted.momentum, clip=wanted.clip
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlcourse import models
-from dlcourse.adversarial import bounds, gradient, threat
+from dlcourse.adversarial import bounds, gradient, relaxation, threat
 from dlcourse.adversarial.objectives import picked
 from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import InputError
@@ -226,7 +226,7 @@ def test_derivatives_are_those_of_the_bounds():
 def test_bounded_by_pieces_of_memory(monkeypatch):
     predict, images, labels = network("mlp,width=12")
     whole = bounds.crown(predict, images, labels, Threat(eps=0.05))
-    monkeypatch.setattr(bounds, "CHUNK", 7)
+    monkeypatch.setattr(relaxation, "CHUNK", 7)
     bounds.crown.clear_cache()
     np.testing.assert_allclose(bounds.crown(predict, images, labels, Threat(eps=0.05)), whole, atol=1e-5)
     bounds.crown.clear_cache()
