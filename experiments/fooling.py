@@ -24,8 +24,8 @@ from experiments import command, settings
 
 @dataclasses.dataclass(frozen=True)
 class Fooling:
-    generations: int = settings.setting(2000, "generations of MAP-Elites, at most")
-    population: int = settings.setting(200, "images tried in a generation")
+    generations: int = settings.setting(5000, "generations of MAP-Elites, at most")
+    population: int = settings.setting(50, "images tried in a generation")
     ascent_steps: int = settings.setting(500, "steps of gradient ascent, at most")
     searches: int = settings.setting(3, "searches of each kind, by other draws, for retraining and scores")
     rounds: int = settings.setting(2, "times that a network is retrained with a class of fooling images; 0 does not")
@@ -75,7 +75,9 @@ def main(config: Config, run) -> None:
     study = evidence.search(config, dataset, model, variables, metrics)
     claims = []
     for measure in (evidence.fooled, evidence.transfers, evidence.retrained, evidence.caught):
+        started = time.monotonic()
         claims += measure(config, run, dataset, study, metrics)
+        metrics[f"seconds/{measure.__name__}"] = time.monotonic() - started
     evidence.draw(run, dataset, study)
     seconds = {"total": time.monotonic() - began + seconds["earlier"], **seconds}
     tables = [evidence.method_table(study, metrics), evidence.score_table(study, metrics)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import numpy as np
 
 from dlcourse import models
 from dlcourse.adversarial import fooling, ood
-from dlcourse.contracts import Claim, Evidence, Predict
+from dlcourse.contracts import Claim, Evidence, Predict, Split
 from dlcourse.data import order
 from dlcourse.data.arrays import ArraySplit
 from dlcourse.reporting import figures, galleries
@@ -85,8 +87,13 @@ def make(config, key, predict, shape, classes: int, method: str) -> fooling.Fool
 def search(config, dataset, model, variables, metrics) -> Study:
     """All searches, and the random images beside them."""
     key, predict = stream(root(config.run.seed), "fooling"), evaluation.predictor(model, variables)
-    found = {method: [make(config, stream(key, method, number), predict, dataset.image_shape, dataset.num_classes,
-                           method) for number in range(config.fooling.searches)] for method in METHODS}
+    found = {}
+    for method in METHODS:
+        began = time.monotonic()
+        found[method] = [make(config, stream(key, method, number), predict, dataset.image_shape, dataset.num_classes,
+                              method) for number in range(config.fooling.searches)]
+        metrics[f"{method}/seconds"] = (time.monotonic() - began) / config.fooling.searches
+    metrics["seconds/three_methods"] = sum(metrics[f"{method}/seconds"] for method in SAYS)
     test, training = dataset.splits["test"], dataset.splits["train"]
     real = test[order.permutation(len(test), config.run.seed, 0)[: config.fooling.controls]]["image"]
     part = training[order.permutation(len(training), config.run.seed, 0)[:TRAINING]]
@@ -129,7 +136,7 @@ def fooled(config, run, dataset, study, metrics) -> list[Claim]:
 
 def transfers(config, run, dataset, study, metrics) -> list[Claim]:
     """Whether a network trained from other random numbers takes the images for the same class."""
-    other = _retrain(config, dataset, study.model, dataset.splits["train"], config.run.seed + 1)
+    other = _trainer(config, dataset, study.model)(dataset.splits["train"], config.run.seed + 1)
     classes, hits, n = dataset.num_classes, 0, 0
     for method in METHODS:
         images = study.images(method)
@@ -153,8 +160,9 @@ def retrained(config, run, dataset, study, metrics) -> list[Claim]:
     classes, split = dataset.num_classes, dataset.splits["train"]
     wider = models.create(config.model.model, classes + 1, dataset.image_shape, config.model.dtype)
     bank = np.concatenate([study.images(method) for method in METHODS])
+    trained = _trainer(config, dataset, wider)
     for number in range(1, config.fooling.rounds + 1):
-        predict = _retrain(config, dataset, wider, _with_fooling(split, bank, classes), config.run.seed + number)
+        predict = trained(_with_fooling(split, bank, classes), config.run.seed + number)
         accuracy = evaluation.predictions(predict, dataset.splits["test"]).correct.mean()
         p = np.asarray(jax.nn.softmax(predict(jnp.asarray(bank))))[:, :classes].max(-1)
         old = int((p >= fooling.CONFIDENCE).sum()), len(bank)
@@ -213,11 +221,14 @@ def draw(run, dataset, study) -> None:
 
 def method_table(study, metrics) -> dict:
     """One row a method, then one a kind of random images."""
-    rows = [[name, metrics[f"{name}/share_sure"], metrics.get(f"{name}/lowest_confidence"),
-             metrics.get(f"{name}/queries"), metrics.get(f"{name}/transfer")] for name in (*METHODS, *study.controls)]
+    figures_of = ("lowest_confidence", "queries", "seconds", "transfer")
+    rows = [[name, metrics[f"{name}/share_sure"], *(metrics.get(f"{name}/{figure}") for figure in figures_of)]
+            for name in (*METHODS, *study.controls)]
     return {"title": "Fooling", "header": ["images", "share at 99.6 % or more", "lowest confidence",
-                                           "images tried a search", "same class by another network"], "rows": rows,
-            "note": "The last rows are controls: random images that nothing searched for."}
+                                           "images tried a search", "seconds a search",
+                                           "same class by another network"], "rows": rows,
+            "note": "The last rows are controls: random images that nothing searched for. Seconds include compilation, "
+                    "shared among the searches of a method."}
 
 
 def score_table(study, metrics) -> dict:
@@ -262,13 +273,14 @@ def _resampled(one, other, seed: int, draws: int = 1000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _retrain(config, dataset, model, split, seed: int) -> Predict:
-    """A network trained anew by the same recipe, as long as the first."""
+def _trainer(config, dataset, model) -> Callable[[Split, int], Predict]:
+    """(split, seed) -> a network trained anew by the same recipe, as long as the first; compiled once."""
     loss = train.classifier_loss(model, config, dataset)
     made = train.recipe(config, model, dataset.image_shape, len(dataset.splits["train"]), loss)
     fitted = train.fitter(model, dataset.image_shape, loss, made.tx, ema=config.optimizer.ema,
                           accumulate=config.optimizer.accumulate)
-    return evaluation.predictor(model, fitted(split, made.steps, config.data.batch_size, seed).variables)
+    return lambda split, seed: evaluation.predictor(
+        model, fitted(split, made.steps, config.data.batch_size, seed).variables)
 
 
 def _with_fooling(split, bank: np.ndarray, classes: int) -> ArraySplit:

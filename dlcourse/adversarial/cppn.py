@@ -44,15 +44,17 @@ class CPPN:
       weight_rate, connection_rate, kind_rate: share of the weights, connections and activations that mutate, at most:
         each child's are these times .05^u, u uniform, so that there are always some that differ little.
       strength: eta of polynomial mutation.
+      patience: generations after which another line begins: what a few nodes draw is soon as good as it will get.
     """
 
     shape: tuple[int, int, int]
-    nodes: int = 12
-    sparse: float = 0.4
+    nodes: int = 20
+    sparse: float = 0.25
     weight_rate: float = 0.2
     connection_rate: float = 0.05
     kind_rate: float = 0.05
     strength: float = 15.0
+    patience: int = 800
 
     def draw(self, key: jax.Array) -> Genome:
         """A random genome."""
@@ -78,16 +80,16 @@ class CPPN:
         height, width, channels = self.shape
         values = jnp.asarray(coordinates(height, width))
         for node in range(self.nodes):
-            read = genome.weights[node, :values.shape[1]] * genome.open[node, :values.shape[1]]
+            reads = genome.weights[node, :len(values)] * genome.open[node, :len(values)]
             # A sum, not a product of matrices, which accelerators would round.
-            values = jnp.concatenate([values, activate((values * read[None]).sum(1), genome.kinds[node])[:, None]], 1)
-        return jnp.clip((values[:, -channels:] + 1) / 2, 0.0, 1.0).reshape(self.shape)
+            values = jnp.concatenate([values, activate((values * reads[:, None]).sum(0), genome.kinds[node])[None]])
+        return jnp.clip((values[-channels:].T + 1) / 2, 0.0, 1.0).reshape(self.shape)
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
-    """(H W, 4) float32: x and y from -1 to 1, sqrt(2) times the distance from the centre, and 1."""
+    """(4, H W) float32: x and y from -1 to 1, sqrt(2) times the distance from the centre, and 1."""
     y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in (height, width)), indexing="ij")
-    return np.stack([x, y, np.sqrt(2 * (x**2 + y**2)), np.ones_like(x)], -1).reshape(-1, 4).astype(np.float32)
+    return np.stack([x, y, np.sqrt(2 * (x**2 + y**2)), np.ones_like(x)]).reshape(4, -1).astype(np.float32)
 
 
 def activate(v: jax.Array, kind: jax.Array) -> jax.Array:

@@ -86,24 +86,26 @@ def test_the_direct_encodings_rate_is_halved():
 @pytest.mark.parametrize("encoding", [cppn.CPPN(SHAPE, nodes=6), fooling.Direct(SHAPE)])
 def test_map_elites(encoding):
     """No elite gets worse; each is what its genome draws and the network says; the key decides; nothing recompiles."""
-    predict, key = linear(), jax.random.key(0)
+    predict, key, wanted = linear(), jax.random.key(0), np.ones(CLASSES - 1, bool)
     archive = map_elites.begin(key, predict, encoding, CLASSES - 1, 40)
     compiled = map_elites.generation._cache_size()
     improved = 0
     for _ in range(15):
-        after = map_elites.generation(key, predict, archive, encoding, 40)
+        after = map_elites.generation(key, predict, archive, encoding, wanted, 40)
         assert (after.log_p >= archive.log_p).all()
         improved, archive = improved + int((after.log_p > archive.log_p).sum()), after
-    assert improved > 5 and int(archive.generation) == 15
+    assert improved > 5 and int(archive.generation) == 15 and int(archive.queries) == 16 * 40
     images = map_elites.as_bytes(jax.vmap(encoding.render)(archive.genomes))
     np.testing.assert_allclose(images, archive.images, atol=1e-6)
     log_p = np.asarray(jax.nn.log_softmax(predict(archive.images)))[np.arange(CLASSES - 1), np.arange(CLASSES - 1)]
     np.testing.assert_allclose(archive.log_p, log_p, atol=1e-5)
     np.testing.assert_allclose(255 * archive.images, np.round(255 * archive.images), atol=1e-4)
-    again, _ = map_elites.evolve(key, predict, encoding, CLASSES - 1, population=40, generations=15, confidence=1.0)
+    again, _ = map_elites.evolve(key, predict, encoding, CLASSES - 1, population=40, founders=40,
+                                 generations=15, confidence=1.0)
     for one, other in zip(jax.tree.leaves(archive), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
-    other, _ = map_elites.evolve(jax.random.key(1), linear(1), encoding, CLASSES - 1, population=40, generations=3)
+    other, _ = map_elites.evolve(jax.random.key(1), linear(1), encoding, CLASSES - 1, population=40, founders=40,
+                                 generations=3)
     assert not np.array_equal(other.images, again.images)
     assert map_elites.generation._cache_size() == compiled + 1
 
@@ -113,8 +115,40 @@ def test_children_reach_the_cells_of_other_classes():
     encoding = fooling.Direct(SHAPE)
     start = map_elites.begin(jax.random.key(0), linear(), encoding, CLASSES, 1)
     assert all(np.array_equal(start.images[0], image) for image in start.images)
-    after = map_elites.generation(jax.random.key(0), linear(), start, encoding, 300)
+    after = map_elites.generation(jax.random.key(0), linear(), start, encoding, np.ones(CLASSES, bool), 300)
     assert len(np.unique(np.asarray(after.images), axis=0)) >= 3
+
+
+def test_another_line_begins_where_one_ended_and_no_elite_gets_worse():
+    """Lines of 10 generations: after the first, each starts from founders, and the archive keeps the best of all."""
+    encoding, alone = cppn.CPPN(SHAPE, nodes=6, patience=10), cppn.CPPN(SHAPE, nodes=6, patience=0)
+    settings = {"population": 10, "founders": 20, "confidence": 1.0, "every": 5}
+    key, predict = jax.random.key(0), linear(scale=0.3)
+    kept, history = map_elites.evolve(key, predict, encoding, CLASSES, generations=40, **settings)
+    first, _ = map_elites.evolve(key, predict, alone, CLASSES, generations=10, **settings)
+    single, _ = map_elites.evolve(key, predict, alone, CLASSES, generations=40, **settings)
+    assert (np.diff(history, axis=0) >= 0).all() and history.shape == (9, CLASSES)
+    assert (kept.log_p >= first.log_p).all() and (kept.log_p > first.log_p).any()
+    assert not np.array_equal(kept.images, single.images)
+    assert (int(kept.generation), int(kept.queries)) == (40, 40 * 10 + 4 * 20)
+    np.testing.assert_allclose(kept.log_p, jnp.diagonal(jax.nn.log_softmax(predict(kept.images))), atol=1e-5)
+
+
+def test_half_of_the_parents_are_of_the_classes_wanted():
+    wanted = jnp.arange(10) == 3
+    parents = np.asarray(map_elites._parents(jax.random.key(0), wanted, 20_000))
+    np.testing.assert_allclose((parents == 3).mean(), 0.5 + 0.5 / 10, atol=0.01)
+    everywhere = np.asarray(map_elites._parents(jax.random.key(0), wanted & False, 20_000))
+    np.testing.assert_allclose(np.bincount(everywhere, minlength=10) / 20_000, 0.1, atol=0.01)
+
+
+def test_genes_that_the_image_does_not_show_drift():
+    """A network that is equally sure of everything: children replace their equals, and no elite gets worse."""
+    flat, encoding = jax.tree_util.Partial(lambda images: jnp.zeros((len(images), 3))), cppn.CPPN(SHAPE, nodes=6)
+    start = map_elites.begin(jax.random.key(0), flat, encoding, 3, 4)
+    after = map_elites.generation(jax.random.key(0), flat, start, encoding, np.ones(3, bool), 4)
+    assert not np.array_equal(after.genomes.weights, start.genomes.weights)
+    np.testing.assert_array_equal(after.log_p, start.log_p)
 
 
 def test_logits_that_are_no_numbers_never_win():
@@ -169,7 +203,7 @@ def test_a_network_trained_on_digits_is_fooled_by_each_method():
     assert evaluation.predictions(predict, digits.splits["test"]).correct.mean() > 0.9
     key, found = jax.random.key(0), {}
     for encoding in ("cppn", "direct"):
-        found[encoding] = fooling.evolved(key, predict, digits.image_shape, 10, encoding, generations=2000)
+        found[encoding] = fooling.evolved(key, predict, digits.image_shape, 10, encoding)
     found["gradient"] = fooling.ascended(key, predict, digits.image_shape, 10)
     for name, fooled in found.items():
         assert (fooled.confidence >= fooling.CONFIDENCE).all(), (name, fooled.confidence)
