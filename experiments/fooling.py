@@ -5,9 +5,9 @@ Claims, each with the control that could refute it:
   L19.cppn       patterns evolved as functions of position reach the confidence in every class; random images do not
   L19.direct     images evolved pixel by pixel do
   L19.gradient   images made by following the gradient do
-  L19.transfer   they are taken for the same class by another network; random images are not
+  L19.transfer   they are taken for the same class by another network, more often than by chance
   L19.retrained  a class of its own for them does not help: the retrained network knows the old ones and is fooled anew
-  L19.caught     a score of being unlike the training data finds them where confidence does not
+  L19.caught     a score of being unlike the training data finds them better than confidence does
 
     launch/local fooling                                                       digits
     launch/local fooling --dataset=fashion_mnist --init_from=RUN               of the same model, without training it

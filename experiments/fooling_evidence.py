@@ -210,13 +210,17 @@ def caught(config, run, dataset, study, metrics) -> list[Claim]:
 
 
 def draw(run, dataset, study) -> None:
-    """The fooling images of the first search beside random ones."""
+    """The fooling images of the first search, and for each class the surest image of noise."""
     rows = {method: study.found[method][0].images for method in METHODS}
     confidence = {method: study.found[method][0].confidence for method in METHODS}
+    noise = study.controls["uniform noise"]
+    p = _in_parts(lambda x: jax.nn.softmax(study.predict(x)), noise)[:, :dataset.num_classes]
+    rows["uniform noise"], confidence["uniform noise"] = noise[p.argmax(0)], p.max(0)
     run.figure("gallery", **galleries.gallery(
         rows, confidence, dataset.class_names, caption="Images of nothing, and how sure the network is of each.",
-        how="The first search of each method, an image a class; nobody picked them. Confidence is the network's "
-            "probability of that class, on the very images that are shown."))
+        how="The first search of each method, an image a class; nobody picked them. The last row is the control: for "
+            f"each class, the surest of {len(noise)} images of noise. Confidence is the network's probability of that "
+            "class, on the very images that are shown."))
 
 
 def method_table(study, metrics) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -25,10 +26,11 @@ def gallery(rows: Mapping[str, np.ndarray], confidence: Mapping[str, np.ndarray]
       most: columns at most, the first ones.
     """
     count = min(len(class_names), most)
-    fig = Figure(figsize=(0.78 * count, 1.22 * len(rows)))
-    for part, (method, images) in zip(np.ravel(fig.subfigures(len(rows), 1)), rows.items(), strict=True):
-        part.suptitle(method, x=0.005, ha="left", fontsize=9, fontweight="bold")
-        for k, ax in enumerate(part.subplots(1, count, squeeze=False)[0]):
+    fig = Figure(figsize=(1.1 + 0.78 * count, 1.02 * len(rows)))
+    for line, (method, images) in zip(fig.subplots(len(rows), count, squeeze=False), rows.items(), strict=True):
+        line[0].text(-0.15, 0.5, textwrap.fill(method, 13), transform=line[0].transAxes, ha="right", va="center",
+                     fontsize=8, fontweight="bold")
+        for k, ax in enumerate(line):
             ax.axis("off")
             image = thumbnail(images[k])
             ax.imshow(image if image.shape[-1] == 3 else image.mean(-1), cmap="gray", vmin=0, vmax=1)
