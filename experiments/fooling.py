@@ -9,8 +9,13 @@ Claims, each with the control that could refute it:
   L19.retrained  a class of its own for them does not help: the retrained network knows the old ones and is fooled anew
   L19.caught     a score of being unlike the training data finds them better than confidence does
 
-    launch/local fooling                                                       digits
+    launch/local fooling                                                       digits: 1.5 min on 2 CPU cores
     launch/local fooling --dataset=fashion_mnist --init_from=RUN               of the same model, without training it
+    launch/local fooling --dataset=fashion_mnist --batch_size=128 --train_for=3epochs --checkpoint_every=3epochs \\
+        --searches=1 --rounds=0                                                5 min, two trainings of 2 min among them
+
+Measured 2026-11-25, seed 0, every class reached 99.6 % by evolution and by the gradient on both; the three searches
+took 43 s on Fashion-MNIST, compilation included. All figures: experiments/results/fooling*.json.
 """
 
 from __future__ import annotations
@@ -76,8 +81,9 @@ def main(config: Config, run) -> None:
     claims = []
     for measure in (evidence.fooled, evidence.transfers, evidence.retrained, evidence.caught):
         started = time.monotonic()
-        claims += measure(config, run, dataset, study, metrics)
-        metrics[f"seconds/{measure.__name__}"] = time.monotonic() - started
+        claims += (measured := measure(config, run, dataset, study, metrics))
+        if measured:
+            metrics[f"seconds/{measure.__name__}"] = time.monotonic() - started
     evidence.draw(run, dataset, study)
     seconds = {"total": time.monotonic() - began + seconds["earlier"], **seconds}
     tables = [evidence.method_table(study, metrics), evidence.score_table(study, metrics)]

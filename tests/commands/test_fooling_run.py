@@ -29,6 +29,9 @@ def test_a_run_and_one_that_begins_with_its_network(tmp_path):
     claims = {claim["id"]: claim for claim in got["claims"]}
     assert set(claims) == {f"L19.{name}" for name in ("cppn", "direct", "gradient", "transfer", "retrained", "caught")}
     assert claims["L19.gradient"]["holds"] and claims["L19.direct"]["holds"]
+    timed = [got["metrics"][f"{method}/seconds"] for method in fooling_evidence.SAYS]
+    np.testing.assert_allclose(got["metrics"]["seconds/three_methods"], sum(timed))
+    assert min(timed) > 0 and sum(timed) < got["seconds"]["total"]
     for claim in claims.values():
         low, high = claim["evidence"]["ci95"]
         assert low <= claim["evidence"]["value"] - claim["evidence"]["control"] <= high
@@ -42,6 +45,7 @@ def test_a_run_and_one_that_begins_with_its_network(tmp_path):
     assert second["metrics"]["test/accuracy"] == got["metrics"]["test/accuracy"]
     assert second["metrics"]["gradient/lowest_confidence"] == got["metrics"]["gradient/lowest_confidence"]
     assert "L19.retrained" not in {claim["id"] for claim in second["claims"]}
+    assert "seconds/retrained" in got["metrics"] and "seconds/retrained" not in second["metrics"]
 
 
 @pytest.mark.parametrize("flag", ["--generations=0", "--rounds=-1", "--mirror", "--train_for=5minutes"])
