@@ -84,7 +84,7 @@ def generation(key: jax.Array, predict: Predict, archive: Archive, encoding: Enc
     """The archive after `population` children were tried.
 
     An elite gives way to a child of higher probability, so that none ever gets worse, and to one of the same: genes
-    that the image does not show drift until a mutation makes use of them (Miller & Thomson 2000, section 4).
+    that the image does not show drift until a mutation makes use of them (Vassilev & Miller 2000).
 
     Args: as of `begin`, and
       archive: of the generation before.
