@@ -93,7 +93,8 @@ def test_every_defence_trains(defence, tmp_path):
     assert status(tmp_path, *SMALL, f"--defence={defence}", "--train_for=4steps", "--norm=l2", "--eps=0.5") == 0
 
 
-SHAPES = {"robust_fashion_mnist": "28x28x1,10", "robust_mnist": "28x28x1,10", "robust_cifar10": "32x32x3,10"}
+SHAPES = {"robust_fashion_mnist": "28x28x1,10", "robust_fashion_mnist_certified": "28x28x1,10",
+          "robust_mnist": "28x28x1,10", "robust_cifar10": "32x32x3,10"}
 
 
 def test_every_preset_is_tried_here():
@@ -111,7 +112,7 @@ def test_a_preset_takes_a_step_on_made_up_data_of_its_shape(preset):
     loss = adversarial_robustness.training_loss(model, config, dataset)
     made = train.recipe(config, model, dataset.image_shape, len(dataset.splits["train"]), loss)
     state, batch = made.fresh(), dataset.splits["train"][range(4)]
-    value, _ = jax.jit(made.loss)(state.params, state.model_state, {**batch, "mask": np.ones(4, bool)}, state.key)
+    value, _ = jax.jit(made.loss)(state.params, state.model_state, {**batch, "mask": np.ones(4, bool), "step": 0}, state.key)
     assert np.isfinite(value)
 
 
