@@ -112,7 +112,8 @@ def test_a_preset_takes_a_step_on_made_up_data_of_its_shape(preset):
     loss = adversarial_robustness.training_loss(model, config, dataset)
     made = train.recipe(config, model, dataset.image_shape, len(dataset.splits["train"]), loss)
     state, batch = made.fresh(), dataset.splits["train"][range(4)]
-    value, _ = jax.jit(made.loss)(state.params, state.model_state, {**batch, "mask": np.ones(4, bool), "step": 0}, state.key)
+    batch = {**batch, "mask": np.ones(4, bool), "step": 0}
+    value, _ = jax.jit(made.loss)(state.params, state.model_state, batch, state.key)
     assert np.isfinite(value)
 
 
