@@ -57,9 +57,9 @@ def _cpu_lacks_avx512() -> bool:
     return "avx2" in features and "avx512f" not in features
 
 
-def _convolve(images, kernel, stride, padding):
+def _convolve(images, kernel, stride, padding, layout=_LAYOUT):
     return lax.conv_general_dilated(
-        images, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=_LAYOUT
+        images, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=layout
     )
 
 
@@ -71,24 +71,40 @@ def _shifted_products(images, kernel, padding):
     return sum(padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(k) for j in range(k))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _convolve_shifted(images, kernel, padding):
-    return _convolve(images, kernel, 1, padding)
+def _turned(images, kernel, stride, padding):
+    """The same, with the kernel's channels and features exchanged in memory, so that its transpose is `_convolve`'s."""
+    return _convolve(images, jnp.swapaxes(kernel, 2, 3), stride, padding, ("NHWC", "HWOI", "NHWC"))
 
 
-def _convolve_shifted_jvp(padding, primals, tangents):
-    # Transposing the shifted products onto the kernel gives shift(images)^T @ cotangent, one product
-    # an offset: the quick weight gradient, with no rule of its own for reverse mode.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _convolve_on_cpu(images, kernel, stride, padding, shifted):
+    """The convolution, with gradients in forms that a CPU computes quickly.
+
+    XLA brings convolutions into the layout that its quick kernels need, but not those within loops, where they run
+    20 times slower. A gradient by the images that is in this layout from the start is as quick within loops as outside.
+
+    Args:
+      images, kernel, stride, padding: of `convolve`.
+      shifted: whether the weight gradient is a sum of matrix products (stride 1).
+    """
+    return _convolve(images, kernel, stride, padding)
+
+
+def _convolve_on_cpu_jvp(stride, padding, shifted, primals, tangents):
+    # In reverse mode these terms are not computed, but transposed. Transposing the shifted products onto the kernel
+    # gives shift(images)^T @ cotangent, one product an offset: the quick weight gradient, with no rule of its own.
     (images, kernel), (d_images, d_kernel) = primals, tangents
     terms = []
     if not isinstance(d_images, SymbolicZero):
-        terms.append(_convolve(d_images, kernel, 1, padding))
+        terms.append(_turned(d_images, kernel, stride, padding))
     if not isinstance(d_kernel, SymbolicZero):
-        terms.append(_shifted_products(images, d_kernel, padding))
-    return _convolve_shifted(images, kernel, padding), sum(terms)
+        terms.append(
+            _shifted_products(images, d_kernel, padding) if shifted else _convolve(images, d_kernel, stride, padding)
+        )
+    return _convolve_on_cpu(images, kernel, stride, padding, shifted), sum(terms)
 
 
-_convolve_shifted.defjvp(_convolve_shifted_jvp, symbolic_zeros=True)
+_convolve_on_cpu.defjvp(_convolve_on_cpu_jvp, symbolic_zeros=True)
 
 
 def convolve(images: jax.Array, kernel: jax.Array, stride: int = 1, padding: int | None = None) -> jax.Array:
@@ -104,9 +120,11 @@ def convolve(images: jax.Array, kernel: jax.Array, stride: int = 1, padding: int
       (B, (H + 2p - k) // s + 1, (W + 2p - k) // s + 1, features).
     """
     padding = kernel.shape[0] // 2 if padding is None else padding
-    if stride == 1 and kernel.shape[0] > 1 and platform() == "cpu" and _cpu_lacks_avx512():
-        return _convolve_shifted(images, kernel, padding)
-    return _convolve(images, kernel, stride, padding)
+    if platform() != "cpu":
+        return _convolve(images, kernel, stride, padding)
+    return _convolve_on_cpu(
+        images, kernel, stride, padding, stride == 1 and kernel.shape[0] > 1 and _cpu_lacks_avx512()
+    )
 
 
 def max_pool(images: jax.Array, window: int = 2, stride: int | None = None, padding: int = 0) -> jax.Array:

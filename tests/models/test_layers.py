@@ -16,28 +16,30 @@ def arrays(*shapes, dtype=np.float64):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (5, 2), (11, 5)])
-def test_shifted_products_are_the_convolution_in_all_derivatives(kernel, padding):
+@pytest.mark.parametrize(("kernel", "stride", "padding", "shifted"), [
+    (3, 1, 1, True), (3, 1, 0, True), (5, 1, 2, True), (11, 1, 5, True), (3, 1, 1, False), (3, 2, 1, False),
+    (7, 2, 3, False), (1, 2, 0, False)])
+def test_the_form_for_a_cpu_is_the_convolution_in_all_derivatives(kernel, stride, padding, shifted):
     with jax.enable_x64(True):
         x, w, dx, dw = arrays((2, 12, 13, 3), (kernel, kernel, 3, 4), (2, 12, 13, 3), (kernel, kernel, 3, 4))
 
         def native(x, w):
-            return jnp.sin(layers._convolve(x, w, 1, padding)).sum()
+            return jnp.sin(layers._convolve(x, w, stride, padding)).sum()
 
-        def shifted(x, w):
-            return jnp.sin(layers._convolve_shifted(x, w, padding)).sum()
+        def on_cpu(x, w):
+            return jnp.sin(layers._convolve_on_cpu(x, w, stride, padding, shifted)).sum()
 
         def everything(f):
             gradient = jax.grad(f, (0, 1))
             return f(x, w), gradient(x, w), jax.jvp(f, (x, w), (dx, dw)), jax.jvp(gradient, (x, w), (dx, dw))
 
-        for one, other in zip(*(jax.tree.leaves(everything(f)) for f in (native, shifted)), strict=True):
+        for one, other in zip(*(jax.tree.leaves(everything(f)) for f in (native, on_cpu)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_the_shifted_weight_gradient_has_no_convolution_over_the_kernel():
     x, w = arrays((2, 8, 8, 3), (3, 3, 3, 4), dtype=np.float32)
-    jaxpr = str(jax.make_jaxpr(jax.grad(lambda w: layers._convolve_shifted(x, w, 1).sum()))(w))
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda w: layers._convolve_on_cpu(x, w, 1, 1, True).sum()))(w))
     assert jaxpr.count("conv_general_dilated") <= 1 and jaxpr.count("dot_general") == 9
 
 
