@@ -35,7 +35,8 @@ class Predictions(struct.PyTreeNode):
 
     @property
     def correct(self) -> np.ndarray:
-        return self.predicted == self.label
+        """(N,) bool; never where the logits are not finite."""
+        return (self.predicted == self.label) & ~np.isnan(self.confidence)
 
 
 @functools.lru_cache(maxsize=64)

@@ -70,7 +70,7 @@ def test_calibration_error_of_planted_confidence():
 def test_a_network_that_diverged_has_neither_nll_nor_calibration():
     logits, label = np.full((20, 4), np.nan, np.float32), np.zeros(20, np.int32)
     got = dict(evaluation.classification(lambda images: images, Rows(logits, label)))
-    assert np.isnan(got["nll"]) and np.isnan(got["ece"]) and got["n"] == 20
+    assert np.isnan(got["nll"]) and np.isnan(got["ece"]) and got["accuracy"] == 0
 
 
 def test_paired_interval_covers_the_truth_and_has_width_when_all_agree():
