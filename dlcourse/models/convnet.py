@@ -54,8 +54,9 @@ class ConvNet(nn.Module):
             x = BatchNorm(train, dtype=self.dtype, name=f"norm{layer}")(x)
             x = tap(f"relu{layer}", nn.relu(x))
         if self.hidden:
-            x = nn.Dense(self.hidden, use_bias=False, dtype=self.dtype, name="hidden")(x.reshape(len(x), -1))
-            x = nn.relu(BatchNorm(train, dtype=self.dtype, name="norm_hidden")(x))
+            x = x.reshape(len(x), -1)
+            x = tap("hidden", nn.Dense(self.hidden, use_bias=False, dtype=self.dtype, name="hidden")(x))
+            x = tap("relu_hidden", nn.relu(BatchNorm(train, dtype=self.dtype, name="norm_hidden")(x)))
         else:
             x = x.mean((1, 2))
         x = tap("features", at_least_float32(x))
