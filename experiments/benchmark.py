@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from dlcourse.contracts import Claim, Evidence, InputError
-from experiments import command, settings
+from experiments import benchmark_peers, command, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,11 @@ def steps_to_time(config: Config) -> dict:
     rng = np.random.default_rng(0)
     images = rng.random((config.batch_size, config.image_size, config.image_size, 1), np.float32)
     labels = rng.integers(0, 10, config.batch_size).astype(np.int32)
-    ours, state, loss = jax_step(config, images, labels)
+    ours, model, state, loss = jax_step(config, images, labels)
     tasks = {"ours": ours, "single": jax_step(config, images[:1], labels[:1], "single")[0]}
     for name in peers():
-        tasks[name], their_loss = torch_step(torch_convnet(state.params), images, labels, name)
+        network = benchmark_peers.torch_convnet(model, state.variables)
+        tasks[name], their_loss = torch_step(network, images, labels, name)
         if abs(their_loss - loss) > 1e-3 * abs(loss):
             raise AssertionError(f"the networks differ: loss {loss} here and {their_loss} in PyTorch")
     return tasks
@@ -96,7 +97,7 @@ def peers() -> tuple[str, ...]:
 
 
 def jax_step(config: Config, images, labels, name: str = "ours"):
-    """A task that times our forward pass and step, the state it starts from, and the first loss."""
+    """A task that times our forward pass and step, the model, the state it starts from, and the first loss."""
     import jax
 
     from dlcourse import models, streams
@@ -119,32 +120,11 @@ def jax_step(config: Config, images, labels, name: str = "ours"):
         held[0] = jax.block_until_ready(step(held[0], batch)[0])
         return split(name, middle - began, time.perf_counter() - middle)
 
-    return task, start, float(forward(start, batch))
+    return task, model, start, float(forward(start, batch))
 
 
 def split(name: str, forward: float, step: float) -> dict[str, float]:
     return {f"{name}/forward": forward, f"{name}/step": step, f"{name}/backward": step - forward}
-
-
-def torch_convnet(params):
-    """Our convnet in PyTorch, with these parameters (a Flax tree)."""
-    import numpy as np
-    import torch
-
-    layers, count = [], sum(name.startswith("conv") for name in params)
-    for i in range(1, count + 1):
-        kernel = torch.from_numpy(np.array(params[f"conv{i}"]["kernel"]).transpose(3, 2, 0, 1).copy())
-        conv = torch.nn.Conv2d(
-            kernel.shape[1], kernel.shape[0], kernel.shape[2], padding=kernel.shape[2] // 2, bias=False
-        )
-        conv.weight.data = kernel
-        layers += [conv, torch.nn.BatchNorm2d(kernel.shape[0]), torch.nn.ReLU()]
-        if i in (2, 4):
-            layers.append(torch.nn.MaxPool2d(2))
-    dense = torch.nn.Linear(*params["classifier"]["kernel"].shape)
-    dense.weight.data = torch.from_numpy(np.array(params["classifier"]["kernel"]).T.copy())
-    dense.bias.data = torch.from_numpy(np.array(params["classifier"]["bias"]))
-    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), dense)
 
 
 def torch_step(net, images, labels, name: str):

@@ -37,7 +37,7 @@ class Config:
     model: str = settings.setting("convnet,width=16,stages=2,depth=1,halve=stride,hidden=100",
                                   "network under AutoAttack: a convnet with two layers to a stage or fewer")
     training_steps: int = settings.setting(1500, "steps of 128 images that networks are trained for, against N-FGSM")
-    repeats: int = settings.setting(15, "timings of PGD; medians are reported (at least 10)")
+    repeats: int = settings.setting(15, "timings of PGD; medians are reported (at least 10; 0 leaves it out)")
     attacked: int = settings.setting(1000, "test images under AutoAttack; 0 leaves it out")
     rounds: int = settings.setting(1, "timings of AutoAttack, after one of ours that compiles")
     batch_size: int = settings.setting(125, "images that our AutoAttack takes at a time")
@@ -46,7 +46,7 @@ class Config:
     overwrite: bool = settings.setting(False, "measure again")
 
     def __post_init__(self):
-        if self.repeats < 10:
+        if self.repeats and self.repeats < 10:
             raise InputError(f"--repeats={self.repeats}: a median of fewer than 10 says little; give at least 10")
         for name, least in (("attacked", 0), ("rounds", 1), ("batch_size", 1), ("peer_batch_size", 1),
                             ("training_steps", 0)):
@@ -66,7 +66,7 @@ def main(config: Config, run) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured
     began = time.monotonic()
     dataset = data.load(config.dataset)
-    times, metrics = pgd_times(config, dataset)
+    times, metrics = pgd_times(config, dataset) if config.repeats else ({}, {})
     claims = [faster(name, times["foolbox/" + name], times["ours/" + name])
               for name in FASTER if "foolbox/" + name in times]
     if config.attacked:

@@ -1,4 +1,4 @@
-"""Other projects' attacks as `benchmark_attacks` runs them, and our convnet copied into PyTorch for them."""
+"""What benchmarks compare with: other projects' attacks, and our convnet copied into PyTorch."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def their_autoattack(make, network, batch, config):
     return clock.seconds, clock.accuracies
 
 
-def torch_copy(model, variables):
-    """A ConvNet as it is evaluated, (B,C,H,W) pixels in [0, 1] -> logits, with these variables.
+def torch_convnet(model, variables):
+    """Our convnet in PyTorch, (B,C,H,W) pixels less 0.5 and divided by 0.25 -> logits, with these variables.
 
     Args:
       model: a `models.convnet.ConvNet`.
@@ -116,12 +116,17 @@ def torch_copy(model, variables):
     last = torch.nn.Linear(*params["classifier"]["kernel"].shape)
     last.weight.data = tensor(params["classifier"]["kernel"], 1, 0)
     last.bias.data = tensor(params["classifier"]["bias"])
-    network = torch.nn.Sequential(*layers, last)
+    return torch.nn.Sequential(*layers, last)
+
+
+def torch_copy(model, variables):
+    """As `torch_convnet`, from pixels in [0, 1], as it is evaluated."""
+    import torch
 
     class Centred(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.network = network
+            self.network = torch_convnet(model, variables)
 
         def forward(self, images):
             return self.network((images - 0.5) / 0.25)

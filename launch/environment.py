@@ -33,7 +33,7 @@ import command_line
 from command_line import ROOT, Mistake
 
 LOCK, STAMP = "dlcourse.lock", "dlcourse.json"
-EXTRAS_OF = {"benchmark": {"peers"}}
+EXTRAS_OF = {"benchmark": {"peers"}, "benchmark_attacks": {"peers"}}
 """What an experiment needs beyond the everyday environment."""
 
 

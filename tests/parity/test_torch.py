@@ -10,7 +10,7 @@ from dlcourse import models, streams
 from dlcourse.training import losses, optimizers
 from dlcourse.training import state as states
 from dlcourse.training.step import train_step
-from experiments.benchmark import torch_convnet
+from experiments.benchmark_peers import torch_convnet
 
 torch = pytest.importorskip("torch", reason="torch is not installed (launch/local --with=peers test)")
 
@@ -36,7 +36,7 @@ def trained_here(images, labels, nesterov, smoothing, steps=3):
 def test_training_is_pytorchs_training(nesterov, smoothing):
     images, labels = batch()
     model, start, state, values = trained_here(images, labels, nesterov, smoothing)
-    net = torch_convnet(start.params)
+    net = torch_convnet(model, start.variables)
     rule = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, nesterov=nesterov)
     x, y = torch.from_numpy((images.transpose(0, 3, 1, 2) - 0.5) / 0.25), torch.from_numpy(labels).long()
     for value in values:
