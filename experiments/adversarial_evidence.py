@@ -165,18 +165,24 @@ def table(config, labels, found, metrics) -> dict:
 
 def certify(config, predict, images, labels, metrics) -> np.ndarray | None:
     """(N,) images whose class no change within the threat can alter, proved by CROWN-IBP; None for unknown networks."""
-    proved = []
+    def proved(x, y):
+        return np.asarray(bounds.certified(bounds.crown(predict, x, y, threat_of(config), intermediate="ibp"), y))
+
     try:
-        for low in range(0, len(labels), CERTIFIED):
-            rows = np.minimum(np.arange(low, low + CERTIFIED), len(labels) - 1)
-            x, y = jnp.asarray(images[rows]), jnp.asarray(labels[rows])
-            below = bounds.crown(predict, x, y, threat_of(config), intermediate="ibp")
-            proved.append(np.asarray(bounds.certified(below, y)))
+        found = _in_parts(proved, images, labels)
     except InputError:  # an operation of this network that the bounds do not know
         return None
-    found = np.concatenate(proved)[: len(labels)]
     metrics |= scores("certified", found)
     return found
+
+
+def _in_parts(call, *columns):
+    """What `call` says of CERTIFIED rows at a time, of all rows."""
+    count, parts = len(columns[0]), []
+    for low in range(0, count, CERTIFIED):
+        rows = np.minimum(np.arange(low, low + CERTIFIED), count - 1)
+        parts.append(call(*(jnp.asarray(column)[rows] for column in columns)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
 def smoothed(config, run, predict, images, labels, metrics) -> None:
@@ -185,12 +191,8 @@ def smoothed(config, run, predict, images, labels, metrics) -> None:
         return
     sigma, key = config.robustness.eps, named(streams.root(config.run.seed), "smoothing")
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(labels)))
-    parts = []
-    for low in range(0, len(labels), CERTIFIED):
-        rows = np.minimum(np.arange(low, low + CERTIFIED), len(labels) - 1)
-        parts.append(smoothing.certify(keys[rows], predict, jnp.asarray(images[rows]), sigma,
-                                       samples=config.robustness.noisy_copies))
-    found = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(labels)], *parts)
+    found = _in_parts(lambda keys, x: smoothing.certify(keys, predict, x, sigma,
+                                                        samples=config.robustness.noisy_copies), keys, images)
     radii = np.linspace(0, 4 * sigma, 41)
     curve = smoothing.certified_accuracy(found, labels, radii)
     metrics |= scores("smoothed", found.predicted == labels)

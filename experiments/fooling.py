@@ -24,6 +24,7 @@ import dataclasses
 import time
 
 from dlcourse.contracts import InputError
+from dlcourse.training import durations
 from experiments import command, settings
 
 
@@ -56,6 +57,9 @@ class Config:
     def __post_init__(self):
         if self.model.mirror:
             raise InputError("--mirror: images are made for the network itself; leave it out")
+        if durations.parse(self.run.train_for, "train_for").value == 0:
+            raise InputError(f"--train_for={self.run.train_for}: other networks are trained as long; --init_from alone "
+                             "takes the first as it is")
         if self.run.train_for.endswith("minutes"):
             raise InputError(f"--train_for={self.run.train_for}: other networks are trained as long; give epochs or "
                              "steps")

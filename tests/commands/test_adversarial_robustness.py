@@ -77,6 +77,16 @@ def test_a_network_trained_under_noise_is_judged_under_noise(tmp_path):
     assert any("certified_by_radius" in figure["file"] for figure in result["figures"])
 
 
+@pytest.mark.slow
+def test_a_network_of_an_earlier_run_is_attacked_as_it_is(tmp_path):
+    assert status(tmp_path / "earlier", *SMALL) == 0
+    earlier = tmp_path / "earlier" / "run"
+    assert status(tmp_path, *SMALL, f"--init_from={earlier}", "--train_for=0steps") == 0
+    there, here = (json.loads((run / "result.json").read_text())["metrics"] for run in (earlier, tmp_path / "run"))
+    assert {name: here[name] for name in ("test/nll", "pgd/accuracy", "worst/accuracy")} == {
+        name: there[name] for name in ("test/nll", "pgd/accuracy", "worst/accuracy")}
+
+
 def test_an_overfitted_network_raises_the_alarm(monkeypatch):
     monkeypatch.setattr(adversarial_evidence.defences, "single_step_gap",
                         lambda *_, **__: {"fgsm_accuracy": 0.9, "pgd_accuracy": 0.1, "gap": -0.8})
@@ -121,7 +131,7 @@ def test_a_preset_takes_a_step_on_made_up_data_of_its_shape(preset):
     ("--eps=0", "--eps=0"), ("--eps=2", "beyond the box"), ("--attacked=5", "--attacked=5"), ("--steps=0", "--steps=0"),
     ("--growth=1", "--growth=1"), ("--clean_weight=2", "--clean_weight=2"), ("--noisy_copies=0", "--noisy_copies=0"),
     ("--attacks=some", "some"),
-    ("--norm=l7", "l7"), ("--defence=prayer", "prayer")])
+    ("--train_for=0steps", "longer than nothing"), ("--norm=l7", "l7"), ("--defence=prayer", "prayer")])
 def test_what_cannot_be_attacked_is_refused(flag, said, tmp_path, capsys):
     assert status(tmp_path, flag) == 2
     assert said in capsys.readouterr().err
