@@ -192,7 +192,7 @@ def _prepare_surroundings(values: dict[str, Any]) -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    sys.excepthook = _excepthook
+    sys.unraisablehook = _unraisablehook
     if values.get("deterministic"):
         asked = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{asked} --xla_gpu_deterministic_ops=true".strip()
@@ -202,10 +202,10 @@ def _prepare_surroundings(values: dict[str, Any]) -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def _excepthook(kind, error, trace) -> None:
+def _unraisablehook(raised) -> None:
     """Python's own, but for what writers still say to orbax's event loop once a full disk has ended it."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if not (raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(raised)
 
 
 def compilation_cache() -> Path | None:

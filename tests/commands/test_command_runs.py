@@ -1,10 +1,12 @@
 """A run's folder and exit status, tried on a toy experiment."""
 
+import asyncio
 import os
 import subprocess
 import sys
 
 import pytest
+import tensorstore
 from commands import TOY, assert_mistake, run, surroundings, toy
 
 from experiments import command
@@ -59,6 +61,28 @@ def test_a_disk_that_fills_up_under_a_library(tmp_path):
     finally:
         if mounted:
             subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_write_that_ends_after_its_event_loop_is_not_heard(monkeypatch, capfd):
+    """What orbax's writers do once a full disk has ended the loop that they report to; other errors are told."""
+    monkeypatch.setattr(sys, "unraisablehook", command._unraisablehook)
+
+    async def awaited():
+        promise, written = tensorstore.Promise.new()
+        waiting = written.__await__()
+        next(waiting)
+        return promise, waiting
+
+    promise, _waiting = asyncio.run(awaited())
+    promise.set_result(None)
+    assert capfd.readouterr().err == ""
+
+    class Defect:
+        def __del__(self):
+            raise ZeroDivisionError("a defect")
+
+    Defect()
+    assert "a defect" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("raised", "said"), [
