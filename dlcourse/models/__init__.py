@@ -17,6 +17,7 @@ from flax import linen as nn
 from dlcourse.contracts import InputError
 from dlcourse.models.convnet import ConvNet
 from dlcourse.models.linear import MLP, Linear
+from dlcourse.models.plain import PlainConvNet
 from dlcourse.models.resnet import ResNet
 from dlcourse.models.vit import ViT
 from dlcourse.models.wide_resnet import WideResNet
@@ -25,6 +26,7 @@ MODELS: dict[str, partial[nn.Module]] = {
     "linear": partial(Linear),
     "mlp": partial(MLP),
     "convnet": partial(ConvNet),
+    "plain": partial(PlainConvNet),
     "resnet18": partial(ResNet, blocks=(2, 2, 2, 2), bottleneck=False),
     "resnet34": partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=False),
     "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True),

@@ -18,6 +18,7 @@ SMALL = {
     "mlp": ("mlp,width=8,dropout=0.5", {}),
     "convnet": ("convnet,width=4,stages=2,first_kernel=5", {}),
     "convnet of strides": ("convnet,width=4,stages=2,halve=stride,hidden=6", {}),
+    "plain": ("plain,width=3", {}),
     "resnet18": ("resnet18", {"blocks": (1, 1)}),
     "resnet34": ("resnet34,stem=imagenet", {"blocks": (2, 1)}),
     "resnet50": ("resnet50,stem=imagenet", {"blocks": (1, 1)}),
@@ -203,6 +204,17 @@ def test_sizes_as_published(name, parameters, giga_multiply_adds):
 def test_wide_resnet_has_the_published_size():
     variables = size.abstract_variables(models.create("wide_resnet,depth=28,widen=10", 10, (32, 32, 3)), (32, 32, 3))
     assert size.parameters(variables) == pytest.approx(36.5e6, rel=1e-3)
+
+
+def test_plain_networks_have_the_published_layers():
+    """Wong et al. 2018 on MNIST: 14 x 14 x 16 -> 7 x 7 x 32 -> 100 units."""
+    variables = size.abstract_variables(models.create("plain", 10, (28, 28, 1)), (28, 28, 1))
+    shapes = {layer: weights["kernel"].shape for layer, weights in variables["params"].items()}
+    assert shapes == {"conv1": (4, 4, 1, 16), "conv2": (4, 4, 16, 32), "dense1": (1568, 100), "classifier": (100, 10)}
+    half = models.create("plain,size=medium,width=16", 10, (28, 28, 1)).plan()
+    assert half.convolutions == ((16, 3, 1), (16, 4, 2), (32, 3, 1), (32, 4, 2)) and half.hidden == (256, 256)
+    with pytest.raises(InputError, match="size=small leaves nothing of 2 x 2 pixels"):
+        models.create("plain", 10, (2, 2, 1))
 
 
 def test_options_that_are_left_out_follow_the_image():
