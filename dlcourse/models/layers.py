@@ -179,7 +179,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Conv(nn.Module):
-    """Filtering: `convolve` with a kernel drawn as He et al. 2015 (fan out, truncated normal).
+    """Filtering: `convolve` with a kernel drawn, by default, as He et al. 2015 (fan out, truncated normal).
 
     Attributes:
       features: filters, the channels of the output.
@@ -187,6 +187,7 @@ class Conv(nn.Module):
       stride: in pixels.
       padding: zeros on every side; default kernel // 2.
       use_bias: no by default, since a normalisation follows.
+      kernel_init: draws the kernel.
       dtype: of the computation; the parameters are float32.
     """
 
@@ -195,6 +196,7 @@ class Conv(nn.Module):
     stride: int = 1
     padding: int | None = None
     use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, x):
@@ -206,7 +208,7 @@ class Conv(nn.Module):
     def weights(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
         """The kernel (k, k, channels, features) and the bias (features,), if any, for a caller that folds them."""
         shape = (self.kernel, self.kernel, channels, self.features)
-        kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal"), shape)
+        kernel = self.param("kernel", self.kernel_init, shape)
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
 
 

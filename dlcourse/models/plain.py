@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -27,6 +29,17 @@ PLANS = {
 """Small and large of Wong et al. 2018, and the large one of Gowal et al. 2018, table 1."""
 
 
+def for_bounds(key, shape, dtype=jnp.float32) -> jax.Array:
+    """Normal, of deviation sqrt(2 pi) / fan in, so that intervals keep their width (Shi et al. 2021, section 3.1).
+
+    E|w| fan_in / 2 = 1, where half of the relus pass an interval on.
+    """
+    return math.sqrt(2 * math.pi) / math.prod(shape[:-1]) * jax.random.normal(key, shape, dtype)
+
+
+INITS = {"he": nn.initializers.he_normal(), "bounds": for_bounds}
+
+
 class PlainConvNet(nn.Module):
     """Convolutions, then fully connected layers, each followed by a relu and none by a normalisation.
 
@@ -37,25 +50,27 @@ class PlainConvNet(nn.Module):
       num_classes: K.
       size: of PLANS.
       width: filters of the first layer; the other layers in proportion. 0 has those of PLANS.
+      start: of the kernels of all layers but the last: as He et al. 2015, or as `for_bounds`.
       dtype: of the computation; parameters and logits are float32.
     """
 
     num_classes: int
     size: Literal["small", "medium", "large"] = "small"
     width: int = 0
+    start: Literal["he", "bounds"] = "he"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images, train: bool = False, edit: Edit | None = None):
         tap = Taps(edit)
         x = (images.astype(self.dtype) - 0.5) / 0.25
-        plan = self.plan()
+        plan, init = self.plan(), INITS[self.start]
         for layer, (filters, side, stride) in enumerate(plan.convolutions, start=1):
-            conv = Conv(filters, side, stride, padding=1, use_bias=True, dtype=self.dtype, name=f"conv{layer}")
+            conv = Conv(filters, side, stride, 1, True, init, self.dtype, name=f"conv{layer}")
             x = tap(f"relu{layer}", nn.relu(tap(f"conv{layer}", conv(x))))
-        x, he = x.reshape(len(x), -1), nn.initializers.he_normal()
+        x = x.reshape(len(x), -1)
         for layer, units in enumerate(plan.hidden, start=1):
-            dense = nn.Dense(units, kernel_init=he, dtype=self.dtype, name=f"dense{layer}")
+            dense = nn.Dense(units, kernel_init=init, dtype=self.dtype, name=f"dense{layer}")
             x = tap(f"relu_dense{layer}", nn.relu(tap(f"dense{layer}", dense(x))))
         x = tap("features", at_least_float32(x))
         logits = tap("logits", nn.Dense(self.num_classes, name="classifier")(x))

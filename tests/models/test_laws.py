@@ -206,17 +206,6 @@ def test_wide_resnet_has_the_published_size():
     assert size.parameters(variables) == pytest.approx(36.5e6, rel=1e-3)
 
 
-def test_plain_networks_have_the_published_layers():
-    """Wong et al. 2018 on MNIST: 14 x 14 x 16 -> 7 x 7 x 32 -> 100 units."""
-    variables = size.abstract_variables(models.create("plain", 10, (28, 28, 1)), (28, 28, 1))
-    shapes = {layer: weights["kernel"].shape for layer, weights in variables["params"].items()}
-    assert shapes == {"conv1": (4, 4, 1, 16), "conv2": (4, 4, 16, 32), "dense1": (1568, 100), "classifier": (100, 10)}
-    half = models.create("plain,size=medium,width=16", 10, (28, 28, 1)).plan()
-    assert half.convolutions == ((16, 3, 1), (16, 4, 2), (32, 3, 1), (32, 4, 2)) and half.hidden == (256, 256)
-    with pytest.raises(InputError, match="size=small leaves nothing of 2 x 2 pixels"):
-        models.create("plain", 10, (2, 2, 1))
-
-
 def test_options_that_are_left_out_follow_the_image():
     assert models.create("resnet18", 2, (64, 64, 3)).stem == "small"
     assert models.create("resnet18", 2, (65, 80, 3)).stem == "imagenet"
