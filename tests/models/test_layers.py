@@ -18,10 +18,11 @@ def arrays(*shapes, dtype=np.float64):
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "shifted"), [
     (3, 1, 1, True), (3, 1, 0, True), (5, 1, 2, True), (11, 1, 5, True), (3, 1, 1, False), (3, 2, 1, False),
-    (7, 2, 3, False), (1, 2, 0, False)])
-def test_the_form_for_a_cpu_is_the_convolution_in_all_derivatives(kernel, stride, padding, shifted):
+    (7, 2, 3, False), (1, 2, 0, False), (4, 2, 1, False), (4, 2, 0, False), (6, 3, 2, False)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_form_for_a_cpu_is_the_convolution_in_all_derivatives(kernel, stride, padding, shifted, channels):
     with jax.enable_x64(True):
-        x, w, dx, dw = arrays((2, 12, 13, 3), (kernel, kernel, 3, 4), (2, 12, 13, 3), (kernel, kernel, 3, 4))
+        x, w, dx, dw = arrays(*[(2, 12, 13, channels), (kernel, kernel, channels, 4)] * 2)
 
         def native(x, w):
             return jnp.sin(layers._convolve(x, w, stride, padding)).sum()
@@ -35,6 +36,13 @@ def test_the_form_for_a_cpu_is_the_convolution_in_all_derivatives(kernel, stride
 
         for one, other in zip(*(jax.tree.leaves(everything(f)) for f in (native, on_cpu)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_gradient_by_images_is_a_product_where_strides_divide_the_kernel(channels):
+    x, w = arrays((2, 8, 8, channels), (4, 4, channels, 4), dtype=np.float32)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda x: layers._convolve_on_cpu(x, w, 2, 1, False).sum()))(x))
+    assert jaxpr.count("conv_general_dilated[") == (channels > 1)  # the forward pass
 
 
 def test_the_shifted_weight_gradient_has_no_convolution_over_the_kernel():
