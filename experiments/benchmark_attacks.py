@@ -34,8 +34,8 @@ class Config:
     eps: float = settings.setting(0.1, "bound of a pixel's change, pixels being in [0, 1]")
     pgd_model: str = settings.setting("convnet,width=4,stages=2,depth=1,halve=stride", "network under PGD, small so "
                                       "that the attack itself is compared")
-    model: str = settings.setting("convnet,width=16,stages=2,depth=1,halve=stride,hidden=100",
-                                  "network under AutoAttack: a convnet with two layers to a stage or fewer")
+    model: str = settings.setting("plain", "network under AutoAttack: plain, or a convnet; by itself that of Wong et "
+                                  "al. 2018")
     training_steps: int = settings.setting(1500, "steps of 128 images that networks are trained for, against N-FGSM")
     repeats: int = settings.setting(15, "timings of PGD; medians are reported (at least 10; 0 leaves it out)")
     attacked: int = settings.setting(1000, "test images under AutoAttack; 0 leaves it out")

@@ -1,4 +1,4 @@
-"""What benchmarks compare with: other projects' attacks, and our convnet copied into PyTorch."""
+"""What benchmarks compare with: other projects' attacks, and our networks copied into PyTorch."""
 
 from __future__ import annotations
 
@@ -80,53 +80,84 @@ def torch_convnet(model, variables):
       model: a `models.convnet.ConvNet`.
       variables: its `params` and `batch_stats`.
     """
-    import numpy as np
     import torch
 
     params, stats = variables["params"], variables["batch_stats"]
 
-    def tensor(values, *axes):
-        values = torch.from_numpy(np.array(values, np.float32))
-        return values.permute(axes).contiguous() if axes else values
-
     def norm(make, name):
         made = make(len(params[name]["scale"]))
-        made.load_state_dict({"weight": tensor(params[name]["scale"]), "bias": tensor(params[name]["bias"]),
-                              "running_mean": tensor(stats[name]["mean"]), "running_var": tensor(stats[name]["var"])},
+        made.load_state_dict({"weight": _tensor(params[name]["scale"]), "bias": _tensor(params[name]["bias"]),
+                              "running_mean": _tensor(stats[name]["mean"]), "running_var": _tensor(stats[name]["var"])},
                              strict=False)
         return [made, torch.nn.ReLU()]
 
     layers = []
     for layer, (stage, first) in enumerate(model.plan(), start=1):
         halve = model.halve if first and stage else ""
-        kernel = tensor(params[f"conv{layer}"]["kernel"], 3, 2, 0, 1)
-        conv = torch.nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], 2 if halve == "stride" else 1,
-                               kernel.shape[2] // 2, bias=False)
-        conv.weight.data = kernel
+        weights = params[f"conv{layer}"]
+        conv = _conv(weights, 2 if halve == "stride" else 1, weights["kernel"].shape[0] // 2)
         layers += [torch.nn.MaxPool2d(2)] * (halve == "pool") + [conv, *norm(torch.nn.BatchNorm2d, f"norm{layer}")]
     if model.hidden:
-        weights = tensor(params["hidden"]["kernel"])
-        side = int((weights.shape[0] / kernel.shape[0]) ** 0.5)
-        weights = weights.reshape(side, side, -1, weights.shape[1]).permute(3, 2, 0, 1).flatten(1).contiguous()
-        hidden = torch.nn.Linear(weights.shape[1], weights.shape[0], bias=False)
-        hidden.weight.data = weights
+        hidden = _linear(params["hidden"], conv.out_channels)
         layers += [torch.nn.Flatten(), hidden, *norm(torch.nn.BatchNorm1d, "norm_hidden")]
     else:
         layers += [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
-    last = torch.nn.Linear(*params["classifier"]["kernel"].shape)
-    last.weight.data = tensor(params["classifier"]["kernel"], 1, 0)
-    last.bias.data = tensor(params["classifier"]["bias"])
-    return torch.nn.Sequential(*layers, last)
+    return torch.nn.Sequential(*layers, _linear(params["classifier"]))
+
+
+def torch_plain(model, variables):
+    """As `torch_convnet`, of a `models.plain.PlainConvNet`."""
+    import torch
+
+    params, plan, layers = variables["params"], model.plan(), []
+    for layer, (_, _, stride) in enumerate(plan.convolutions, start=1):
+        layers += [_conv(params[f"conv{layer}"], stride, 1), torch.nn.ReLU()]
+    channels = layers[-2].out_channels
+    layers.append(torch.nn.Flatten())
+    for layer in range(1, len(plan.hidden) + 1):
+        layers += [_linear(params[f"dense{layer}"], channels if layer == 1 else 1), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, _linear(params["classifier"]))
+
+
+def _tensor(values, *axes):
+    import numpy as np
+    import torch
+
+    values = torch.from_numpy(np.array(values, np.float32))
+    return values.permute(axes).contiguous() if axes else values
+
+
+def _conv(weights, stride, padding):
+    import torch
+
+    kernel = _tensor(weights["kernel"], 3, 2, 0, 1)
+    conv = torch.nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], stride, padding, bias="bias" in weights)
+    conv.load_state_dict({"weight": kernel, **({"bias": _tensor(weights["bias"])} if "bias" in weights else {})})
+    return conv
+
+
+def _linear(weights, channels=1):
+    """A layer that sees pixels of so many channels, which PyTorch has in another order."""
+    import torch
+
+    kernel = _tensor(weights["kernel"])
+    kernel = kernel.reshape(-1, channels, kernel.shape[1]).permute(2, 1, 0).flatten(1).contiguous()
+    linear = torch.nn.Linear(kernel.shape[1], kernel.shape[0], bias="bias" in weights)
+    linear.load_state_dict({"weight": kernel, **({"bias": _tensor(weights["bias"])} if "bias" in weights else {})})
+    return linear
 
 
 def torch_copy(model, variables):
-    """As `torch_convnet`, from pixels in [0, 1], as it is evaluated."""
+    """As `torch_convnet` or `torch_plain`, from pixels in [0, 1], as it is evaluated."""
     import torch
+
+    from dlcourse.models.plain import PlainConvNet
 
     class Centred(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.network = torch_convnet(model, variables)
+            make = torch_plain if isinstance(model, PlainConvNet) else torch_convnet
+            self.network = make(model, variables)
 
         def forward(self, images):
             return self.network((images - 0.5) / 0.25)

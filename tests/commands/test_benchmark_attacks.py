@@ -11,7 +11,7 @@ from dlcourse.training.evaluation import predictor
 from experiments import benchmark_attacks, benchmark_peers, command
 
 SPECS = ["convnet,width=3,stages=2,depth=1,halve=stride,hidden=7", "convnet,width=3,stages=3,depth=2",
-         "convnet,width=2,stages=3,depth=1,hidden=5"]
+         "convnet,width=2,stages=3,depth=1,hidden=5", "plain,width=3", "plain,size=medium,width=2"]
 
 
 def status(*flags):
@@ -25,7 +25,7 @@ def test_the_copy_in_pytorch_says_the_same(spec):
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: rng.uniform(0.2, 1.0, leaf.shape).astype(np.float32) * rng.choice([-1, 1]),
                              model.init(jax.random.key(0), np.zeros((1, 12, 12, 1), np.float32)))
-    variables["batch_stats"] = jax.tree.map(abs, variables["batch_stats"])
+    variables = {name: jax.tree.map(abs, tree) if name == "batch_stats" else tree for name, tree in variables.items()}
     images = rng.random((5, 12, 12, 1), np.float32)
     ours = np.asarray(predictor(model, variables)(images))
     theirs = benchmark_peers.torch_copy(model, variables)(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
