@@ -124,14 +124,13 @@ def test_rand_is_judged_by_draws_of_its_own(golden):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_standard_leaves_standing_whom_the_authors_code_leaves(golden, norm):  # noqa: F811
-    pytest.importorskip("dlcourse.adversarial.fab")
-    pytest.importorskip("dlcourse.adversarial.square")
-    theirs = golden[f"{norm}_standard"]
+@pytest.mark.parametrize("norm, version", [("linf", "standard"), ("l2", "standard"), ("l1", "standard"),
+                                           ("linf", "plus"), ("l2", "plus")])
+def test_leaves_standing_whom_the_authors_code_leaves(golden, norm, version):  # noqa: F811
+    theirs = golden[f"{norm}_{version}"]
     images, labels = golden["images"][:len(theirs)], golden["labels"][:len(theirs)]
     found = whole.autoattack(jax.random.key(0), golden["predict"], images, labels,
-                             Threat(golden[f"eps_{norm}"], norm))
+                             Threat(golden[f"eps_{norm}"], norm), version=version)
     assert abs(found.success.mean() - theirs.mean()) <= 0.01
     assert np.mean(found.success == theirs) >= 0.98
     assert found.norm.max() <= golden[f"eps_{norm}"] * (1 + 1e-5)

@@ -24,6 +24,7 @@ EPS = {"linf": 0.1, "l2": 0.55, "l1": 1.5}
 RUNS = {"linf_cross_entropy": ("linf", "ce"), "linf_dlr": ("linf", "dlr"), "l2_cross_entropy": ("l2", "ce"),
         "linf_targeted_dlr": ("linf", "dlr-targeted"), "l1_cross_entropy": ("l1", "ce"),
         "l1_targeted_dlr": ("l1", "dlr-targeted")}
+WHOLE = (("linf", "standard"), ("l2", "standard"), ("l1", "standard"), ("linf", "plus"), ("l2", "plus"))
 COUNT, STEPS, SOME = 400, 100, 120
 
 
@@ -81,11 +82,13 @@ def main():
     for name, (norm, loss) in RUNS.items():
         stored[name] = attacked(net, images[right], labels[right], noise, norm, loss)
         print(f"{name}: {stored[name].mean():.1%} fooled at {EPS[norm]}")
-    for norm, eps in EPS.items():
-        whole = AutoAttack(net, norm=norm.capitalize(), eps=eps, seed=0, device="cpu", verbose=False)
+    for norm, version in WHOLE:
+        whole = AutoAttack(net, norm=norm.capitalize(), eps=EPS[norm], seed=0, device="cpu", verbose=False,
+                           version=version)
         x, y = images[right][:SOME], labels[right][:SOME]
-        stored[f"{norm}_standard"] = (net(whole.run_standard_evaluation(x, y, bs=SOME)).argmax(1) != y).numpy()
-        print(f"{norm} standard: {stored[f'{norm}_standard'].mean():.1%} of {SOME} fooled")
+        name = f"{norm}_{version}"
+        stored[name] = (net(whole.run_standard_evaluation(x, y, bs=SOME)).argmax(1) != y).numpy()
+        print(f"{norm} {version}: {stored[name].mean():.1%} of {SOME} fooled")
     theirs.L0_norm = lambda change: (change.abs() > 1e-6).flatten(1).sum(-1)
     for name, (norm, loss) in RUNS.items():
         if norm == "l1":
