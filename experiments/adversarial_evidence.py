@@ -31,7 +31,7 @@ SIZES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 GREY_LEVELS = 255
 UNSEEN = 8
 """Grey levels that the field takes to be invisible (8/255, Madry et al. 2018 on CIFAR-10)."""
-RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+CERTIFIED_AT, RADIUS_STEP = "smoothed/certified_at_", 0.05
 NOISE_LEVELS = (4, 8, 16, 32, 64, 128)
 
 
@@ -185,38 +185,48 @@ def _in_parts(call, *columns):
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
-def smoothed(config, run, predict, images, labels, metrics) -> None:
-    """Certificates of the network under noise, whose deviation is eps: their average radius (ACR) and their curve."""
+def smoothed(config, run, others, predict, images, labels, metrics) -> None:
+    """Certificates of the network under noise, whose deviation is eps: their average radius (ACR) and their curve.
+
+    In the figure stand the `others`, networks under other noise, too.
+    """
     if config.robustness.defence != "gaussian":
         return
     sigma, key = config.robustness.eps, named(streams.root(config.run.seed), "smoothing")
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(labels)))
     found = _in_parts(lambda keys, x: smoothing.certify(keys, predict, x, sigma,
                                                         samples=config.robustness.noisy_copies), keys, images)
-    radii = np.linspace(0, 4 * sigma, 41)
-    curve = smoothing.certified_accuracy(found, labels, radii)
     metrics |= scores("smoothed", found.predicted == labels)
     metrics |= {"smoothed/average_certified_radius": smoothing.average_radius(found, labels),
-                "smoothed/abstained": float((found.predicted == smoothing.ABSTAIN).mean())}
-    metrics |= {f"smoothed/certified_at_{radius:g}": float(smoothing.certified_accuracy(found, labels, [radius])[0])
-                for radius in RADII if radius < 4 * sigma}
-    run.figure("certified_by_radius", **drawings.certified_by_radius(
-        radii, curve, sigma, config.robustness.noisy_copies, len(labels)))
+                "smoothed/sigma": sigma, "smoothed/abstained": float((found.predicted == smoothing.ABSTAIN).mean())}
+    radii = [float(radius) for radius in np.arange(0, 4 * sigma, RADIUS_STEP)]
+    metrics |= {f"{CERTIFIED_AT}{radius:g}": float(share) for radius, share in
+                zip(radii, smoothing.certified_accuracy(found, labels, radii), strict=True)}
+    curves = {each["smoothed/sigma"]: _by_radius(each) for each in (*others.values(), metrics)}
+    run.figure("certified_by_radius", **drawings.certified_by_radius(curves, config.robustness.noisy_copies,
+                                                                     len(labels)))
+
+
+def _by_radius(metrics):
+    at = {float(name.removeprefix(CERTIFIED_AT)): share for name, share in metrics.items()
+          if name.startswith(CERTIFIED_AT)}
+    return list(at), list(at.values()), metrics["smoothed/average_certified_radius"]
 
 
 def finished(config) -> dict[str, dict]:
     """The metrics of the runs that are to stand beside this one, by folder's name.
 
     Raises:
-      InputError: no finished run there, or one of other data or another threat.
+      InputError: no finished run there, or one of other data or another threat (under noise: without noise).
     """
     found = {}
+    defence = ("robustness", "defence" if config.robustness.defence == "gaussian" else "eps")
     for folder in filter(None, config.robustness.beside.split(",")):
         result = read_result(folder)
         if result is None or result["experiment"] != "adversarial_robustness":
             raise InputError(f"--beside={folder}: no finished run of adversarial_robustness")
         there, here = result["config"], files.plain(dataclasses.asdict(config))
-        for concern, name in (("data", "dataset"), ("robustness", "norm"), ("robustness", "eps")):
+        for concern, name in (("data", "dataset"), ("robustness", "norm"), defence):
             if there[concern][name] != here[concern][name]:
                 raise InputError(f"--beside={folder}: its {name} is {there[concern][name]}, here it is "
                                  f"{here[concern][name]}")
@@ -226,6 +236,8 @@ def finished(config) -> dict[str, dict]:
 
 def trade_off(config, run, others, metrics, n) -> None:
     """Accuracy against accuracy under attack, of this network and of those beside it."""
+    if config.robustness.defence == "gaussian":  # whose threats differ
+        return
     networks = {**others, "this one": metrics}
     points = {name: tuple(each[f"{part}/accuracy"] for part in ("test", "worst")) for name, each in networks.items()}
     if others:

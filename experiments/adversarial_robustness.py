@@ -36,7 +36,7 @@ class Robustness:
                                      "0.05 without bounds; 0: it is whole from the start")
     clean_weight: float = settings.setting(0.0, "weight of the clean loss beside that of the bounds, once eps is whole")
     beside: str = settings.setting("", "folders of finished runs, comma separated, to draw in the trade-off of robust "
-                                   "and clean accuracy beside this one")
+                                   "and clean accuracy beside this one; of gaussian, in the certificates' figure")
     noisy_copies: int = settings.setting(10_000, "of each image, in the certificates of randomised smoothing")
     attacked: int = settings.setting(200, "test images that are attacked, drawn by the seed; 0: all")
     steps: int = settings.setting(40, "gradients of PGD and of each of APGD's runs in the curves")
@@ -124,7 +124,7 @@ def main(config: Config, run) -> None:
     images, labels = evidence.chosen(dataset.splits["test"], config)
     attacks = suite.run(config, predict, images, labels, metrics)
     certified = evidence.certify(config, predict, images, labels, metrics)
-    evidence.smoothed(config, run, predict, images, labels, metrics)
+    evidence.smoothed(config, run, others, predict, images, labels, metrics)
     claims = evidence.claims(config, predict, images, labels, attacks, metrics)
     evidence.draw(config, run, predict, images, labels, dataset.class_names, attacks, metrics)
     evidence.trade_off(config, run, others, metrics, len(labels))

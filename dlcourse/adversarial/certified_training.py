@@ -65,6 +65,8 @@ def crown_ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa:
                    beta: Schedule = 1.0) -> Loss:
     """As `ibp_loss` with bounds beta (CROWN-IBP) + (1 - beta) (IBP) (Zhang et al. 2020, section 3).
 
+    A step with beta or eps 0 costs what it does with `ibp_loss`.
+
     Args: as of `ibp_loss`, and
       beta: from 1 down to 0 while eps grows.
     """
@@ -87,7 +89,11 @@ def _certified(model, threat, eps, kappa, beta):
         worst = bounds.ibp(*args, sound=False)
         if callable(beta) or beta:
             share = now(beta)
-            worst = share * bounds.crown(*args, intermediate="ibp", sound=False) + (1 - share) * worst
+
+            def mixed(worst):
+                return share * bounds.crown(*args, intermediate="ibp", sound=False) + (1 - share) * worst
+
+            worst = jax.lax.cond((share > 0) & (within.eps > 0), mixed, lambda worst: worst, worst)
         share = now(kappa)
         value = share * plain + (1 - share) * weighted_mean(objectives.cross_entropy(-worst, batch["label"]), batch)
         sure = bounds.certified(worst, batch["label"]).astype(jnp.float32)

@@ -152,6 +152,14 @@ def test_crown_ibp_mixes_bounds():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found[1]))
 
 
+def test_crown_ibp_ends_as_ibp():
+    model, params, variables, batch = setting()
+    batch = {**batch, "step": jnp.int32(9)}
+    ends = certified_training.crown_ibp_loss(model, WITHIN, kappa=0.5, beta=lambda step: 0.0 * step)
+    same(value_and_slope(ends, params, variables, batch)[:2],
+         value_and_slope(certified_training.ibp_loss(model, WITHIN), params, variables, batch)[:2])
+
+
 def test_the_alarm_fires_for_a_network_that_only_withstands_single_steps():
     """Half an FGSM step away the label's logit is below the other, a whole step away it is above it again."""
     def masked(weights, images):
