@@ -106,7 +106,7 @@ def torch_convnet(model, variables):
 
 
 def torch_plain(model, variables):
-    """As `torch_convnet`, of a `models.plain.PlainConvNet`."""
+    """A `models.plain.PlainConvNet` in PyTorch, (B,C,H,W) pixels in [0, 1] -> logits, with these variables."""
     import torch
 
     params, plan, layers = variables["params"], model.plan(), []
@@ -148,7 +148,7 @@ def _linear(weights, channels=1):
 
 
 def torch_copy(model, variables):
-    """As `torch_convnet` or `torch_plain`, from pixels in [0, 1], as it is evaluated."""
+    """Either of our networks as it is evaluated, from pixels in [0, 1]."""
     import torch
 
     from dlcourse.models.plain import PlainConvNet
@@ -156,10 +156,10 @@ def torch_copy(model, variables):
     class Centred(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            make = torch_plain if isinstance(model, PlainConvNet) else torch_convnet
-            self.network = make(model, variables)
+            self.network = torch_convnet(model, variables)
 
         def forward(self, images):
             return self.network((images - 0.5) / 0.25)
 
-    return Centred().eval().requires_grad_(False)
+    network = torch_plain(model, variables) if isinstance(model, PlainConvNet) else Centred()
+    return network.eval().requires_grad_(False)

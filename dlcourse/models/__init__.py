@@ -1,7 +1,7 @@
 """Networks by name. Each is a Flax module whose call returns (logits, taps) and whose pixels come in [0, 1].
 
-A network owns its normalisation: all of them subtract 0.5 and divide by 0.25 first, constants that
-no data set sets, so that distances, figures and attributions stay in pixel space.
+A network owns its normalisation: all of them but `plain`, which has none, subtract 0.5 and divide by 0.25 first,
+constants that no data set sets, so that distances, figures and attributions stay in pixel space.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ INITS = {"he": nn.initializers.he_normal(), "bounds": for_bounds}
 class PlainConvNet(nn.Module):
     """Convolutions, then fully connected layers, each followed by a relu and none by a normalisation.
 
-    Normalised by running averages, a network has the bounds of one that it was a moment ago: trained on bounds, it
-    learns slower than this one.
+    Bounds of a network that normalises are those of one with larger weights. This one takes pixels as they are, too,
+    as published: black is 0, as is the padding.
 
     Attributes:
       num_classes: K.
@@ -63,7 +63,7 @@ class PlainConvNet(nn.Module):
     @nn.compact
     def __call__(self, images, train: bool = False, edit: Edit | None = None):
         tap = Taps(edit)
-        x = (images.astype(self.dtype) - 0.5) / 0.25
+        x = images.astype(self.dtype)
         plan, init = self.plan(), INITS[self.start]
         for layer, (filters, side, stride) in enumerate(plan.convolutions, start=1):
             conv = Conv(filters, side, stride, 1, True, init, self.dtype, name=f"conv{layer}")
