@@ -82,7 +82,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(flag, words, tmp_path, c
 @pytest.mark.slow
 def test_without_the_authors_folder_ours_alone_is_timed(tmp_path):
     small = "convnet,width=2,stages=1,depth=1"
-    assert status("--dataset=fake:8x8x1,4", f"--model={small}", f"--pgd_model={small}", "--training_steps=2",
+    assert status("--dataset=fake:8x8x1,4", f"--model={small}", "--training_steps=2",
                   "--repeats=0", "--attacked=6", f"--workdir={tmp_path / 'run'}") == 0
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert metrics["ours/autoattack_seconds"] > 0 and "authors/autoattack_ratio" not in metrics
