@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 
 import jax
@@ -244,18 +245,20 @@ def trade_off(config, run, others, metrics, n) -> None:
         run.figure("trade_off", **drawings.trade_off(points, f"{config.robustness.norm} {config.robustness.eps:g}", n))
 
 
-def overfitting(config, predict, split, metrics) -> list[str]:
-    """The alarm of catastrophic overfitting, on training images: what it says, if it does (Wong et al. 2020, 5.4)."""
-    if config.robustness.defence != "fast":
-        return []
+def overfitting(config, predict, split) -> dict[str, float]:
+    """Accuracy on training images under one step and under ten, and the alarm of catastrophic overfitting.
+
+    For training by single steps (Wong et al. 2020, section 5.4). The alarm is a line on stderr.
+    """
     images, labels = chosen(split, config)
     gap = defences.single_step_gap(named(streams.root(config.run.seed), "gap"), predict, jnp.asarray(images),
                                    jnp.asarray(labels), threat_of(config))
-    metrics |= {f"training/{name}": float(value) for name, value in gap.items()}
-    if not defences.overfitted(gap["gap"]):
-        return []
-    return [f"catastrophic overfitting: on training images accuracy is {100 * float(gap['fgsm_accuracy']):.0f} % under "
-            f"one step and {100 * float(gap['pgd_accuracy']):.0f} % under ten; train with --defence=pgd, or less long"]
+    gap = {name: float(value) for name, value in gap.items()}
+    if defences.overfitted(gap["gap"]) and jax.process_index() == 0:
+        print(f"alarm: catastrophic overfitting: on training images accuracy is {100 * gap['fgsm_accuracy']:.0f} % "
+              f"under one step and {100 * gap['pgd_accuracy']:.0f} % under ten; train with --defence=pgd, or less long",
+              file=sys.stderr, flush=True)
+    return gap
 
 
 def audited(config, predict, images, labels, found, certified, metrics) -> dict:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from typing import Literal
 
@@ -117,7 +116,12 @@ def main(config: Config, run) -> None:
     dataset = train.load_data(config.data, config.run.seed)
     model = train.build_model(config.model, dataset)
     train.banner(config, dataset, model, run)
-    trained = train.train(config, run, dataset, model, training_loss(model, config, dataset))
+
+    def overfitting(variables):
+        return evidence.overfitting(config, evaluation.predictor(model, variables), dataset.splits["train"])
+
+    trained = train.train(config, run, dataset, model, training_loss(model, config, dataset),
+                          overfitting if config.robustness.defence == "fast" else None)
     predict = evaluation.predictor(model, trained.state.variables)
     clean = evaluation.predictions(predict, dataset.splits["test"])
     metrics = {f"test/{name}": value for name, value in evaluation.summarise(clean)}
@@ -134,8 +138,6 @@ def main(config: Config, run) -> None:
     if config.robustness.attacks == "all":
         fitting = evidence.chosen(dataset.splits["train"], config)
         tables.insert(1, suite.all_of_them(config, predict, images, labels, fitting, metrics))
-    for alarm in evidence.overfitting(config, predict, dataset.splits["train"], metrics):
-        print(f"alarm: {alarm}", file=sys.stderr)
     seconds = {"total": time.monotonic() - began + trained.seconds["earlier"], **trained.seconds}
     run.finish(metrics, claims, seconds, environment.describe(), tables=tables)
 

@@ -141,7 +141,8 @@ def plan_and_step(config, made: Recipe, devices=None) -> tuple[Plan, parallel.St
     return plan, step
 
 
-def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
+def train(config, run: Run, dataset: Dataset, model, loss: Loss,
+          also: Callable[[dict], dict[str, float]] | None = None) -> Trained:
     """Train `model` by `loss` in the run's folder, from its newest checkpoint if it has one.
 
     Args:
@@ -150,6 +151,7 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
       dataset: trained on `train`, watched on `validation`; `test` is not touched.
       model: a Flax module under the Model contract.
       loss: a Loss of it.
+      also: variables -> further figures, computed by each process for itself, to stand beside those of `validation`.
     """
     split = dataset.splits["train"]
     made = recipe(config, model, dataset.image_shape, len(split), loss)
@@ -167,8 +169,8 @@ def train(config, run: Run, dataset: Dataset, model, loss: Loss) -> Trained:
         began, at_once = time.monotonic(), steps_at_once(config.devices.steps_per_dispatch, first)
         step.compile(state, first, {1, at_once})
         compiled = time.monotonic() - began
-        state, speed = _fit(config, run, made, plan, step, state, read, saved, notes, at_once,
-                            functools.partial(_validation, config.model, model, dataset.splits["validation"], plan))
+        validate = functools.partial(_validation, config.model, model, dataset.splits["validation"], plan, also)
+        state, speed = _fit(config, run, made, plan, step, state, read, saved, notes, at_once, validate)
     earlier = notes.get("seconds", 0.0)
     spent = {"compile": compiled, "train": time.monotonic() - began - compiled, "earlier": earlier}
     return Trained(state, plan, made.fresh, spent, speed)
@@ -215,14 +217,15 @@ def steps_at_once(wanted: int, batch) -> int:
     return wanted or (8 if small and jax.default_backend() != "cpu" else 1)
 
 
-def _validation(wanted, model, split, plan, state: TrainState, check) -> dict[str, float]:
+def _validation(wanted, model, split, plan, also, state: TrainState, check) -> dict[str, float]:
     predict = judge(wanted, model, state.variables)
 
     def checked(images):
         check()
         return predict(images)
 
-    return dict(evaluation.classification(checked, split, plan))
+    judged = dict(evaluation.classification(checked, split, plan))
+    return judged | also(plan.local(state.variables)) if also else judged
 
 
 def start_from(folder: str, fresh: TrainState, plan: Plan) -> TrainState:

@@ -96,14 +96,15 @@ def test_a_network_of_an_earlier_run_is_attacked_as_it_is(tmp_path):
         name: there[name] for name in ("test/nll", "pgd/accuracy", "worst/accuracy")}
 
 
-def test_an_overfitted_network_raises_the_alarm(monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("gap", [-0.8, -0.1])
+def test_an_overfitted_network_raises_the_alarm_while_it_is_trained(gap, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(adversarial_evidence.defences, "single_step_gap",
-                        lambda *_, **__: {"fgsm_accuracy": 0.9, "pgd_accuracy": 0.1, "gap": -0.8})
-    config, metrics = Config(robustness=Robustness(defence="fast")), {}
-    dataset = train.load_data(config.data, 0)
-    (said,) = adversarial_evidence.overfitting(config, None, dataset.splits["train"], metrics)
-    assert "catastrophic overfitting" in said and metrics["training/gap"] == -0.8
-    assert not adversarial_evidence.overfitting(Config(), None, dataset.splits["train"], {})
+                        lambda *_, **__: {"fgsm_accuracy": 0.9, "pgd_accuracy": 0.9 + gap, "gap": gap})
+    assert status(tmp_path, *SMALL, "--defence=fast", "--eval_every=1epochs") == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["values"]["gap"] for record in records if record["split"] == "validation"] == 3 * [gap]
+    assert capsys.readouterr().err.count("alarm: catastrophic overfitting") == (3 if gap == -0.8 else 0)
 
 
 @pytest.mark.slow
