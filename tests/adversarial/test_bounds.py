@@ -64,7 +64,7 @@ def branched_network(count=4):
 
 
 NETWORKS = {"mlp": lambda: network("mlp,width=12"), "convnet": lambda: network("convnet,width=2,stages=2,depth=1"),
-            "branched": branched_network}
+            "plain": lambda: network("plain,width=2"), "branched": branched_network}
 alpha = functools.partial(bounds.alpha_crown, steps=3)
 
 
@@ -154,9 +154,10 @@ def test_tighter_and_tighter_never_beyond_an_attack(name):
     ("mlp", "linf", 0.05, [bounds.ibp, bounds.crown, alpha]),
     pytest.param("branched", "linf", 0.05, [bounds.ibp, bounds.crown], marks=pytest.mark.slow),
     pytest.param("convnet", "linf", 0.05, [bounds.ibp, METHODS["CROWN-IBP"]], marks=pytest.mark.slow),
+    pytest.param("plain", "linf", 0.05, [bounds.ibp, METHODS["CROWN-IBP"]], marks=pytest.mark.slow),
     ("mlp", "l2", 0.4, [bounds.ibp, bounds.crown]), ("mlp", "l1", 1.0, [bounds.crown])])
 def test_no_violation_in_a_million_points(name, norm, eps, methods):
-    """200,000 in each of five cases: uniform ones, and corners or ends of random directions."""
+    """200,000 in each of six cases: uniform ones, and corners or ends of random directions."""
     predict, images, labels = NETWORKS[name]()
     within = Threat(eps=eps, norm=norm)
     found = [sampled(jax.random.key(i), predict, images, labels, within) for i in range(10)]
@@ -181,7 +182,7 @@ def sampled(key, predict, images, labels, within, points=5000):
     return gap.min(1), logits.min(1), logits.max(1)
 
 
-@pytest.mark.parametrize("name", ["mlp", pytest.param("branched", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mlp", "branched", "plain"])
 def test_rounding_is_within_the_margin_and_would_be_seen(name):
     """In a ball that no float32 resolves, bounds without the margin are violated by rounding; with it never."""
     predict, images, labels = NETWORKS[name]()
