@@ -128,6 +128,7 @@ def test_rand_is_judged_by_draws_of_its_own(golden):  # noqa: F811
                                            ("linf", "plus"), ("l2", "plus")])
 def test_leaves_standing_whom_the_authors_code_leaves(golden, norm, version):  # noqa: F811
     theirs = golden[f"{norm}_{version}"]
+    theirs = theirs[:50] if norm == "l1" else theirs  # five restarts, five targets, and a sort in every step
     images, labels = golden["images"][:len(theirs)], golden["labels"][:len(theirs)]
     found = whole.autoattack(jax.random.key(0), golden["predict"], images, labels,
                              Threat(golden[f"eps_{norm}"], norm), version=version)
