@@ -76,12 +76,12 @@ def _patch_products(images, kernel, stride, padding):
     k, _, channels, features = kernel.shape
     q = k // stride
     height, width = ((size + 2 * padding - k) // stride + 1 for size in images.shape[1:3])
-    rows, columns = height + q - 1, width + q - 1
-    ends = [(padding, blocks * stride - size - padding, 0)
-            for blocks, size in zip((rows, columns), images.shape[1:3], strict=True)]
+    count, rows, columns = len(images), height + q - 1, width + q - 1
+    ends = [(padding, needed * stride - size - padding, 0)
+            for needed, size in zip((rows, columns), images.shape[1:3], strict=True)]
     blocks = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
-    blocks = blocks.reshape(-1, rows, stride, columns, stride * channels).swapaxes(2, 3)
-    blocks = blocks.reshape(-1, rows, columns, stride * stride * channels)
+    blocks = blocks.reshape(count, rows, stride, columns, stride * channels).swapaxes(2, 3)
+    blocks = blocks.reshape(count, rows, columns, stride * stride * channels)
     patches = [blocks[:, i : i + height, j : j + width] for i in range(q) for j in range(q)]
     kernel = kernel.reshape(q, stride, q, stride * channels, features).swapaxes(1, 2)
     return jnp.concatenate(patches, -1) @ kernel.reshape(-1, features)
