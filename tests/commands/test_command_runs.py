@@ -119,10 +119,3 @@ def test_a_workdir_of_another_config(tmp_path):
     (tmp_path / "other/thesis.tex").write_text("")
     assert_mistake(toy(tmp_path, "--workdir=other", "--overwrite"), "thesis.tex")
     assert (tmp_path / "other/thesis.tex").exists()
-
-
-def test_what_an_ended_event_loop_says_is_not_shown(capsys):
-    command._excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
-    assert not capsys.readouterr().err
-    command._excepthook(RuntimeError, RuntimeError("a defect"), None)
-    assert "a defect" in capsys.readouterr().err
