@@ -32,7 +32,9 @@ SIZES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 GREY_LEVELS = 255
 UNSEEN = 8
 """Grey levels that the field takes to be invisible (8/255, Madry et al. 2018 on CIFAR-10)."""
-CERTIFIED_AT, RADIUS_STEP = "smoothed/certified_at_", 0.05
+CERTIFIED_AT = "smoothed/certified_at_"
+RADII = np.arange(80) / 20
+"""Of certificates by smoothing, in units of the noise's deviation."""
 NOISE_LEVELS = (4, 8, 16, 32, 64, 128)
 
 
@@ -200,10 +202,10 @@ def smoothed(config, run, others, predict, images, labels, metrics) -> None:
     metrics |= scores("smoothed", found.predicted == labels)
     metrics |= {"smoothed/average_certified_radius": smoothing.average_radius(found, labels),
                 "smoothed/sigma": sigma, "smoothed/abstained": float((found.predicted == smoothing.ABSTAIN).mean())}
-    radii = [float(radius) for radius in np.arange(0, 4 * sigma, RADIUS_STEP)]
+    radii = sigma * RADII
     metrics |= {f"{CERTIFIED_AT}{radius:g}": float(share) for radius, share in
                 zip(radii, smoothing.certified_accuracy(found, labels, radii), strict=True)}
-    curves = {each["smoothed/sigma"]: _by_radius(each) for each in (*others.values(), metrics)}
+    curves = [_by_radius(each) for each in (*others.values(), metrics)]
     run.figure("certified_by_radius", **drawings.certified_by_radius(curves, config.robustness.noisy_copies,
                                                                      len(labels)))
 
@@ -211,7 +213,7 @@ def smoothed(config, run, others, predict, images, labels, metrics) -> None:
 def _by_radius(metrics):
     at = {float(name.removeprefix(CERTIFIED_AT)): share for name, share in metrics.items()
           if name.startswith(CERTIFIED_AT)}
-    return list(at), list(at.values()), metrics["smoothed/average_certified_radius"]
+    return metrics["smoothed/sigma"], list(at), list(at.values()), metrics["smoothed/average_certified_radius"]
 
 
 def finished(config) -> dict[str, dict]:

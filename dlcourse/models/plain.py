@@ -26,7 +26,7 @@ PLANS = {
     "medium": Plan(((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)), (512, 512)),
     "large": Plan(((64, 3, 1), (64, 3, 1), (128, 3, 2), (128, 3, 1), (128, 3, 1)), (512,)),
 }
-"""Small and large of Wong et al. 2018, and the large one of Gowal et al. 2018, table 1."""
+"""Small and medium are the small and the large one of Wong et al. 2018; large is that of Gowal et al. 2018, table 1."""
 
 
 def for_bounds(key, shape, dtype=jnp.float32) -> jax.Array:
@@ -43,8 +43,7 @@ INITS = {"he": nn.initializers.he_normal(), "bounds": for_bounds}
 class PlainConvNet(nn.Module):
     """Convolutions, then fully connected layers, each followed by a relu and none by a normalisation.
 
-    Bounds of a network that normalises are those of one with larger weights. This one takes pixels as they are, too,
-    as published: black is 0, as is the padding.
+    Pixels are taken as they are, as published: black is 0, as is the padding.
 
     Attributes:
       num_classes: K.

@@ -42,27 +42,27 @@ def accuracy_by_size(sizes: Sequence[float], accuracies: Mapping[str, Sequence[f
 
 
 @styled
-def certified_by_radius(curves: Mapping[float, tuple[Sequence[float], Sequence[float], float]], samples: int,
+def certified_by_radius(curves: Sequence[tuple[float, Sequence[float], Sequence[float], float]], samples: int,
                         n: int) -> Drawing:
     """The share of images whose class is right and certain to stay so within each radius.
 
     Args:
-      curves: deviation of the noise -> (radii (R,) l2 in pixels' units, accuracy (R,) in [0, 1], average radius).
+      curves: deviation of the noise, radii (R,) l2 in pixels' units, accuracy (R,) in [0, 1], average radius.
       samples: noisy copies an image.
       n: images.
     """
     fig = Figure(figsize=(5, 3))
     ax = fig.subplots()
-    for number, (sigma, (radii, accuracy, average)) in enumerate(sorted(curves.items())):
+    for number, (sigma, radii, accuracy, average) in enumerate(sorted(curves)):
         ax.step(radii, accuracy, where="post", color=COLOURS[number % len(COLOURS)],
                 label=f"σ {sigma:g}, average radius {average:.3f}")
     ax.set(xlabel="radius (L2)", ylabel="certified accuracy", ylim=(0, 1.02),
-           xlim=(0, max(radii[-1] for radii, *_ in curves.values())))
+           xlim=(0, max(radii[-1] for _, radii, *_ in curves)))
     ax.legend()
     return Drawing(fig=fig, caption="Randomised smoothing: images whose class cannot change within a radius.",
                    alt="; ".join(f"with noise of deviation {sigma:g} certified accuracy falls from "
                                  f"{percent(accuracy[0])} at radius 0 to {percent(accuracy[-1])} at {radii[-1]:.3g}"
-                                 for sigma, (radii, accuracy, _) in sorted(curves.items())) + ".",
+                                 for sigma, radii, accuracy, _ in sorted(curves)) + ".",
                    how=f"CERTIFY (Cohen et al. 2019) with noise of deviation σ and {samples} noisy copies of each of "
                        f"{n} test images; each certificate is wrong with probability 0.001. The average radius is 0 "
                        "where the class is wrong.")

@@ -76,14 +76,15 @@ def test_a_network_trained_under_noise_is_judged_under_noise(tmp_path):
     assert metrics["smoothed/certified_at_0.25"] <= metrics["smoothed/accuracy"] <= 1
     assert any("certified_by_radius" in figure["file"] for figure in result["figures"])
     shares = [share for name, share in metrics.items() if name.startswith(adversarial_evidence.CERTIFIED_AT)]
-    assert len(shares) == 20 and shares == sorted(shares, reverse=True)
+    assert len(shares) == 80 and shares == sorted(shares, reverse=True)
     there = str(tmp_path / "run")
     noisier = Config(robustness=Robustness(defence="gaussian", norm="l2", eps=0.5, beside=there))
     assert adversarial_evidence.finished(noisier) == {"run": metrics}
-    radii, accuracies, average = adversarial_evidence._by_radius(metrics)
-    assert radii[5] == 0.25 and accuracies == shares and average == metrics["smoothed/average_certified_radius"]
-    # 20 steps of 0.05: the area below the curve of certified accuracy is the average radius.
-    assert 0.05 * sum(shares[1:]) <= average <= 0.05 * sum(shares)
+    sigma, radii, accuracies, average = adversarial_evidence._by_radius(metrics)
+    assert sigma == radii[20] == 0.25 and accuracies == shares
+    assert average == metrics["smoothed/average_certified_radius"]
+    # The area below the curve of certified accuracy, in steps of 0.0125, is the average radius.
+    assert 0.0125 * sum(shares[1:]) <= average <= 0.0125 * sum(shares)
 
 
 @pytest.mark.slow

@@ -64,10 +64,10 @@ def test_stages_are_compared_one_by_one():
 
 
 def test_a_claim_holds_where_the_interval_is_beyond_it():
-    assert benchmark_attacks.faster("autoattack", [2.2], [1.0]).holds
-    assert not benchmark_attacks.faster("autoattack", [2.2, 1.9], [1.0, 1.0]).holds
-    assert benchmark_attacks.faster("pgd_500", [3.1] * 20, [1.0] * 20).holds
-    assert not benchmark_attacks.faster("pgd_500", [3.1, 2.9] * 10, [1.0] * 20).holds
+    assert benchmark_attacks.faster("autoattack", [2.2], [1.0], "authors").holds
+    assert not benchmark_attacks.faster("autoattack", [2.2, 1.9], [1.0, 1.0], "authors").holds
+    assert benchmark_attacks.faster("pgd_500", [3.1] * 20, [1.0] * 20, "foolbox").holds
+    assert not benchmark_attacks.faster("pgd_500", [3.1, 2.9] * 10, [1.0] * 20, "foolbox_compiled").holds
 
 
 @pytest.mark.parametrize(("flag", "words"), [
