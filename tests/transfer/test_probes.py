@@ -43,11 +43,12 @@ def test_the_solution_is_scikit_learns(shape, l2):
 
 
 def test_many_problems_at_once_are_each_alone():
+    """With an l2 that makes the minimum sharp: else rounding alone decides where, close to it, a search ends."""
     x, labels = map(np.stack, zip(*map(problem, range(3)), strict=True))
-    together = jax.vmap(lambda x, y: probes.fit_linear(x, y, 3, 1e-2))(x, labels)
+    together = jax.vmap(lambda x, y: probes.fit_linear(x, y, 3, 1.0))(x, labels)
     for i in range(3):
-        alone = probes.fit_linear(x[i], labels[i], 3, 1e-2)
-        np.testing.assert_allclose(together.weights[i], alone.weights, atol=2e-4 * np.abs(alone.weights).max())
+        alone = probes.fit_linear(x[i], labels[i], 3, 1.0)
+        np.testing.assert_allclose(together.weights[i], alone.weights, atol=1e-5 * np.abs(alone.weights).max())
 
 
 def test_another_l2_does_not_recompile():
