@@ -50,10 +50,9 @@ def test_repeats_the_authors_run(norm):
     attacked = golden[f"square_{norm}_queries"] > 0  # its authors count neither the first look nor the last
     same_loss = np.isclose(found.loss[attacked], -golden[f"square_{norm}_loss"][attacked], atol=2e-3).mean()
     same_queries = (found.queries[attacked] - 2 == golden[f"square_{norm}_queries"][attacked]).mean()
-    # These bounds were set after measuring: 1, .97, .93 and 1, 1, .95. In l2 as many runs part where ours is computed
-    # in float64, so that rounding accounts for them; in l1 only .01 does, and the rest is not accounted for.
-    assert same_loss >= {"linf": 0.995, "l2": 0.95, "l1": 0.9}[norm]
-    assert same_queries >= {"linf": 0.995, "l2": 0.995, "l1": 0.93}[norm]
+    # Rounding parts a few runs: 3 of l2 and 1 of l1 here, 1 of all 294 where ours is computed in float64, too.
+    assert same_loss >= {"linf": 0.995, "l2": 0.96, "l1": 0.98}[norm]
+    assert same_queries >= 0.995
 
 
 def test_sides_are_those_of_the_published_schedule():

@@ -29,15 +29,6 @@ CASES = {
 """Name: (attack, norm, options, targeted)."""
 
 
-def compared(attack: str) -> int:
-    """Of how many images the peer's result is stored: fewer where it takes long.
-
-    Of 100 images Foolbox's targeted Carlini-Wagner reaches 67, ours 64, always the same otherwise: it alone reaches
-    three from l2 3.5 to 3.9, where pixels are at the box. Of the first 50 this is one. The cause is not known.
-    """
-    return 50 if attack in ("carlini_wagner", "ead") else 100
-
-
 def model():
     return models.create("convnet,width=8,stages=2,depth=1", 10, (8, 8, 1))
 
