@@ -85,8 +85,8 @@ def main():
         print(norm, {name: (value.mean() if value.dtype == bool else np.median(value)).round(4)
                      for name, value in kept.items() if f"_{norm}_" in name})
 
-    # Square in float64: the authors' code divides what rounding leaves in a window by its own length, so that in float32
-    # noise of 1e-8 becomes a change of full size.
+    # Square in float64: the authors' code divides what rounding leaves in a window by its own length, so that in
+    # float32 noise of 1e-8 becomes a change of full size.
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # of its own casts
     net, x, y = net.double(), x[:BLACK_BOX].double(), y[:BLACK_BOX]
