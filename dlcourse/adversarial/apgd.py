@@ -10,7 +10,7 @@ from flax import struct
 
 from dlcourse.adversarial import objectives
 from dlcourse.adversarial import threat as threats
-from dlcourse.adversarial.eot import ascend
+from dlcourse.adversarial.gradient import ascend
 from dlcourse.adversarial.projections import inside_l1
 from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, inside, over_pixels, size, steepest
 from dlcourse.contracts import InputError, Predict

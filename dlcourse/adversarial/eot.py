@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dlcourse.adversarial import gradient as gradients
-from dlcourse.contracts import Predict
+from dlcourse.adversarial import gradient
 
 
 class Expectation(struct.PyTreeNode):
@@ -18,7 +17,8 @@ class Expectation(struct.PyTreeNode):
     What is drawn is a function of the key, the image and the sample's number. So an image that moved meets fresh
     draws, as it would outside of an attack; the same image is judged the same twice; and no example's draws depend
     on its neighbours. To judge what an attack has found, take another key: the attack chose among its own draws.
-    One query of it is `samples` forward passes.
+    One query of it is `samples` forward passes. FGSM, PGD, APGD, FAB, DDN and FMN follow the mean of the gradients;
+    attacks with losses of their own follow the gradient of the mean logits.
 
     Attributes:
       network: (key, images (B,H,W,C)) -> logits (B,K); a pytree such as jax.tree_util.Partial.
@@ -34,9 +34,9 @@ class Expectation(struct.PyTreeNode):
         return self._mean(lambda keys: self._draw(keys, images), images)
 
     def ascend(self, images, labels, targets, objective):
-        """As `gradient.ascend`, each of the three a mean over the draws: grad E[L(f(x))], not grad L(E[f(x)])."""
+        """What `gradient.ascend` returns, each a mean over the draws: grad E[L(f(x))], not grad L(E[f(x)])."""
         return self._mean(
-            lambda keys: gradients.ascend(lambda x: self._draw(keys, x), images, labels, targets, objective), images)
+            lambda keys: gradient.ascend(lambda x: self._draw(keys, x), images, labels, targets, objective), images)
 
     def _draw(self, keys, images):
         return jax.vmap(lambda key, image: self.network(key, image[None])[0])(keys, images)
@@ -52,13 +52,6 @@ class Expectation(struct.PyTreeNode):
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         total, _ = jax.lax.scan(add, zero, jnp.arange(self.samples))
         return jax.tree.map(lambda leaf: leaf / self.samples, total)
-
-
-def ascend(predict: Predict, images, labels, targets, objective):
-    """`gradient.ascend`, in expectation where the network draws."""
-    if isinstance(predict, Expectation):
-        return predict.ascend(images, labels, targets, objective)
-    return gradients.ascend(predict, images, labels, targets, objective)
 
 
 def _fingerprint(image):

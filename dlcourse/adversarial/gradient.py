@@ -16,8 +16,12 @@ from dlcourse.contracts import Predict
 def ascend(predict: Predict, images, labels, targets, objective):
     """The gradient of the objective by the images, (B,H,W,C), the logits and the objective, from one pass each way.
 
-    Each example's gradient is its own, since the objectives of a batch are added up.
+    Each example's gradient is its own, since the objectives of a batch are added up. Where the network draws, each is
+    an expectation (`eot.Expectation.ascend`).
     """
+    if hasattr(predict, "ascend"):
+        return predict.ascend(images, labels, targets, objective)
+
     def total(images):
         logits = predict(images)
         values = objective(logits, labels, targets)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlcourse.adversarial import eot
+from dlcourse.adversarial import eot, gradient
 from dlcourse.adversarial.apgd import apgd
 from dlcourse.adversarial.threat import Threat
 
@@ -37,12 +37,21 @@ def network():
 def test_gradient_is_the_mean_of_gradients_not_the_gradient_of_the_mean(images):
     w = jnp.arange(1.0, 5.0)
     predict = eot.Expectation(jax.tree_util.Partial(flipping, w), jax.random.key(0), samples=8)
-    gradient, logits, values = eot.ascend(predict, images, None, None, lambda z, labels, targets: z[:, 0] ** 2)
+    slope, logits, values = gradient.ascend(predict, images, None, None, lambda z, labels, targets: z[:, 0] ** 2)
     along = images.reshape(6, -1) @ w
-    np.testing.assert_allclose(gradient.reshape(6, -1), 2 * along[:, None] * w[None], rtol=1e-5)
+    np.testing.assert_allclose(slope.reshape(6, -1), 2 * along[:, None] * w[None], rtol=1e-5)
     np.testing.assert_allclose(values, along**2, rtol=1e-5)
     assert bool(jnp.all(jnp.abs(logits[:, 0]) <= along + 1e-5)) and bool(jnp.any(jnp.abs(logits[:, 0]) < 0.9 * along))
     np.testing.assert_allclose(predict(images), logits, rtol=1e-5)
+
+
+def test_attacks_by_the_gradient_follow_the_mean_of_gradients(images):
+    """E[CE] = (log(1 + e^u) + log(1 + e^-u)) / 2 grows with |u|, whichever way the mean of the drawn signs points."""
+    w = jnp.array([6.0, 7.0, 8.0, 9.0])
+    predict = eot.Expectation(jax.tree_util.Partial(flipping, w), jax.random.key(0), samples=16)
+    assert len(set(jnp.sign(predict(images)[:, 0]).tolist())) > 1
+    found = gradient.fgsm(jax.random.key(0), predict, images, jnp.zeros(6, jnp.int32), Threat(jnp.float32(0.1)))
+    np.testing.assert_allclose(found.images, jnp.clip(images + 0.1, 0, 1), atol=1e-6)
 
 
 def test_mean_logits_approach_the_expectation(images, network):

@@ -26,6 +26,8 @@ RUNS = {"linf_cross_entropy": ("linf", "ce"), "linf_dlr": ("linf", "dlr"), "l2_c
         "l1_targeted_dlr": ("l1", "dlr-targeted")}
 WHOLE = (("linf", "standard"), ("l2", "standard"), ("l1", "standard"), ("linf", "plus"), ("l2", "plus"))
 COUNT, STEPS, SOME = 400, 100, 120
+RAND = ("linf", "l2")
+NOISE, DRAWS = 0.1, 500
 
 
 def network():
@@ -66,6 +68,30 @@ def attacked(net, x, y, noise, norm, loss):
     return (~correct.bool()).numpy()
 
 
+class Drawing(nn.Module):
+    """The network under normal noise on its pixels, drawn anew each time."""
+
+    def __init__(self, net, noise):
+        super().__init__()
+        self.net, self.noise = net, noise
+
+    def forward(self, x):
+        return self.net(x + self.noise * torch.randn_like(x))
+
+
+def expected(net, x, y):
+    """Whom AutoAttack `rand` fools, judged by the mean of DRAWS draws."""
+    def flags(norm, noise):
+        drawing = Drawing(net, noise)
+        whole = AutoAttack(drawing, norm=norm.capitalize(), eps=EPS[norm], seed=0, device="cpu", verbose=False,
+                           version="rand")
+        reached = whole.run_standard_evaluation(x, y, bs=SOME)
+        with torch.no_grad():
+            return (sum(drawing(reached) for _ in range(DRAWS)).argmax(1) != y).numpy()
+
+    return {f"{norm}_rand{name}": flags(norm, noise) for norm in RAND for name, noise in (("", NOISE), ("_still", 0.0))}
+
+
 def main():
     torch.set_num_threads(1)
     data = load_digits()
@@ -89,6 +115,7 @@ def main():
         name = f"{norm}_{version}"
         stored[name] = (net(whole.run_standard_evaluation(x, y, bs=SOME)).argmax(1) != y).numpy()
         print(f"{norm} {version}: {stored[name].mean():.1%} of {SOME} fooled")
+    stored |= expected(net, x, y)
     theirs.L0_norm = lambda change: (change.abs() > 1e-6).flatten(1).sum(-1)
     for name, (norm, loss) in RUNS.items():
         if norm == "l1":
