@@ -58,7 +58,7 @@ def fab(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "steps", "restarts"))
-def fab_t(key, predict: Predict, images, labels, threat: Threat, *, classes: int = 9, steps: int = 100,
+def fab_t(key, predict: Predict, images, labels, threat: Threat, *, targets=None, classes: int = 9, steps: int = 100,
           restarts: int = 1, alpha_max: float = 0.1, eta: float = 1.05, beta: float = 0.9) -> AttackResult:
     """FAB along the boundary with one class at a time: FAB-T of AutoAttack, untargeted in what counts as success.
 
@@ -66,9 +66,12 @@ def fab_t(key, predict: Predict, images, labels, threat: Threat, *, classes: int
     images that have no change within eps yet go on to the next.
 
     Args: as of `fab`, and
+      targets: None; the attack has its own.
       classes: tried, of K - 1 all where there are fewer.
       restarts: for each class.
     """
+    if targets is not None:
+        raise InputError("fab_t aims at classes of its own: for given targets take fab")
     ranked = jnp.argsort(-predict(images), axis=-1)
     classes = min(classes, ranked.shape[-1] - 1)
 

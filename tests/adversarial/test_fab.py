@@ -174,8 +174,10 @@ def test_restarts_begin_half_of_eps_away():
         assert len(np.unique(start[:, 0, 0, 0])) == 6
 
 
-def test_a_norm_that_it_does_not_have_is_an_error():
+def test_what_it_does_not_have_is_an_error():
     images, labels = digits(2)
     for attack in (fab, fab_t):
         with pytest.raises(InputError, match="l0"):
             attack(KEY, network(), images, labels, Threat(eps=3, norm="l0"))
+    with pytest.raises(InputError, match="for given targets take fab"):
+        fab_t(KEY, network(), images, labels, Threat(eps=3.0), targets=labels + 1)
