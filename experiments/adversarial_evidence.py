@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlcourse import streams
-from dlcourse.adversarial import bounds, defences, gradient, minimal, smoothing
+from dlcourse.adversarial import bounds, defences, gradient, masking, minimal, smoothing
 from dlcourse.adversarial.audit import audit
 from dlcourse.adversarial.evaluate import attacked, named
 from dlcourse.adversarial.threat import Threat
@@ -36,12 +36,15 @@ CERTIFIED_AT = "smoothed/certified_at_"
 RADII = np.arange(80) / 20
 """Of certificates by smoothing, in units of the noise's deviation."""
 NOISE_LEVELS = (4, 8, 16, 32, 64, 128)
+FITTED = 200
+"""Training images that changes for all images are made from, and that single steps are compared on."""
+ALIKE = ("norm", "attacked", "steps", "attacks", "eps")
+"""What networks drawn beside each other share; under noise, whose deviation is eps, `noisy_copies` in its place."""
 
 
-def chosen(split, config) -> tuple[np.ndarray, np.ndarray]:
-    """The test images that are attacked, (N,H,W,C) and (N,)."""
-    wanted = min(config.robustness.attacked or len(split), len(split))
-    rows = np.sort(order.permutation(len(split), config.run.seed, 0)[:wanted])
+def chosen(split, seed: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """As many images of a split, (N,H,W,C) and (N,), drawn by the seed; 0: all."""
+    rows = np.sort(order.permutation(len(split), seed, 0)[:wanted or None])
     batch = split[rows]
     return np.asarray(batch["image"], np.float32), np.asarray(batch["label"])
 
@@ -118,12 +121,12 @@ CURVES = (NOISE, "fgsm", "pgd", "apgd")
 def draw(config, run, predict, images, labels, class_names, found, metrics) -> None:
     """Accuracy by the size of the change, images before and after, and one after the single step of the panda."""
     key, attacks = streams.root(config.run.seed), few(config, len(class_names))
-    clean = np.asarray(predict(images)).argmax(-1) == labels
+    clean = masking.right(np.asarray(predict(images)), labels)
     curves = {name: [float(clean.mean())] for name in CURVES}
     for factor in SIZES[1:]:
         for name in CURVES:
             result = attacked(attacks[name], named(key, name), predict, images, labels, threat_of(config, factor))
-            curves[name].append(float(1 - result.success.mean()))
+            curves[name].append(float((clean & ~result.success).mean()))
             metrics[f"{name}/accuracy_at_{factor:g}_eps"] = curves[name][-1]
     unit = GREY_LEVELS if config.robustness.norm == "linf" else 1
     name = {"linf": "grey levels of 255 (L-infinity)", "l2": "L2, pixels in [0, 1]"}
@@ -220,19 +223,23 @@ def finished(config) -> dict[str, dict]:
     """The metrics of the runs that are to stand beside this one, by folder's name.
 
     Raises:
-      InputError: no finished run there, or one of other data or another threat (under noise: without noise).
+      InputError: no finished run there, one of other data, another threat or other attacks (under noise: without
+        noise, or of another number of copies), or two folders of one name.
     """
-    found = {}
-    defence = ("robustness", "defence" if config.robustness.defence == "gaussian" else "eps")
+    found, alike = {}, ALIKE
+    if config.robustness.defence == "gaussian":
+        alike = (*ALIKE[:-1], "defence", "noisy_copies")
     for folder in filter(None, config.robustness.beside.split(",")):
         result = read_result(folder)
         if result is None or result["experiment"] != "adversarial_robustness":
             raise InputError(f"--beside={folder}: no finished run of adversarial_robustness")
         there, here = result["config"], files.plain(dataclasses.asdict(config))
-        for concern, name in (("data", "dataset"), ("robustness", "norm"), defence):
+        for concern, name in (("data", "dataset"), *(("robustness", name) for name in alike)):
             if there[concern][name] != here[concern][name]:
                 raise InputError(f"--beside={folder}: its {name} is {there[concern][name]}, here it is "
                                  f"{here[concern][name]}")
+        if Path(folder).name in found:
+            raise InputError(f"--beside={folder}: another one there is called {Path(folder).name}, too; rename one")
         found[Path(folder).name] = result["metrics"]
     return found
 
@@ -252,7 +259,7 @@ def overfitting(config, predict, split) -> dict[str, float]:
 
     For training by single steps (Wong et al. 2020, section 5.4). The alarm is a line on stderr.
     """
-    images, labels = chosen(split, config)
+    images, labels = chosen(split, config.run.seed, FITTED)
     gap = defences.single_step_gap(named(streams.root(config.run.seed), "gap"), predict, jnp.asarray(images),
                                    jnp.asarray(labels), threat_of(config))
     gap = {name: float(value) for name, value in gap.items()}

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlcourse import streams
-from dlcourse.adversarial import gradient, minimal, patch, spatial, universal
+from dlcourse.adversarial import gradient, masking, minimal, patch, spatial, universal
 from dlcourse.adversarial.apgd import apgd
-from dlcourse.adversarial.autoattack import autoattack
+from dlcourse.adversarial.autoattack import autoattack, least_classes
 from dlcourse.adversarial.carlini_wagner import carlini_wagner
 from dlcourse.adversarial.ddn import ddn
 from dlcourse.adversarial.decision import boundary, hop_skip_jump
@@ -23,6 +23,8 @@ from dlcourse.adversarial.fab import fab
 from dlcourse.adversarial.fmn import fmn
 from dlcourse.adversarial.square import square
 from dlcourse.adversarial.threat import Threat, checked
+from dlcourse.contracts import InputError
+from dlcourse.data import order
 from dlcourse.training import intervals
 
 NOISE = "noise"
@@ -68,10 +70,19 @@ def others() -> dict:
             "hop_skip_jump": (functools.partial(hop_skip_jump, steps=10, most_draws=1000), "the class")}
 
 
+def check(config, dataset, images, labels) -> None:
+    """Raises InputError, before anything is trained, for what cannot be attacked."""
+    checked(threat_of(config), jnp.asarray(images), jnp.asarray(labels), classes=dataset.num_classes)
+    least = least_classes("standard", config.robustness.norm)
+    if config.robustness.attacks != "few" and dataset.num_classes < least:
+        raise InputError(f"--attacks={config.robustness.attacks}: AutoAttack needs at least {least} classes, "
+                         f"{dataset.name} has {dataset.num_classes}; take --attacks=few")
+
+
 def run(config, predict, images, labels, metrics) -> dict:
     """Results of the few by attack's name, among them "fmn", the nearest images; accuracies go to `metrics`."""
+    right = masking.right(np.asarray(predict(images)), labels)
     classes = predict(images[:1]).shape[-1]
-    checked(threat_of(config), jnp.asarray(images), jnp.asarray(labels), classes=classes)
     key = streams.root(config.run.seed)
     found = {name: attacked(attack, named(key, name), predict, images, labels, threat_of(config))
              for name, attack in few(config, classes).items()}
@@ -81,8 +92,8 @@ def run(config, predict, images, labels, metrics) -> dict:
         found["autoattack"] = jax.tree.map(np.asarray, result)
     found["fmn"] = attacked(fmn, named(key, "fmn"), predict, images, labels, threat_of(config))
     for name, result in found.items():
-        metrics |= scores(name, ~result.success)
-    metrics |= scores("worst", ~worst(found))
+        metrics |= scores(name, right & ~result.success)
+    metrics |= scores("worst", right & ~worst(found))
     return found
 
 
@@ -103,12 +114,13 @@ def all_of_them(config, predict, images, labels, fitting, metrics) -> dict:
     Args:
       config: of the experiment.
       predict: images -> logits, a pytree.
-      images, labels: attacked; at most TABLED of them are.
+      images, labels: attacked; at most TABLED of them are, drawn by the seed.
       fitting: (images, labels) that the universal change and the patch are made from, none of those above.
       metrics: to add accuracies to.
     """
-    key, images, labels = streams.root(config.run.seed), images[:TABLED], labels[:TABLED]
-    clean = np.asarray(predict(images)).argmax(-1) == labels
+    some = np.sort(order.permutation(len(labels), config.run.seed, 0)[:TABLED])
+    key, images, labels = streams.root(config.run.seed), images[some], labels[some]
+    clean = masking.right(np.asarray(predict(images)), labels)
     rows = [["none", "", "", *_accuracy(clean), "", ""]]
     for name, (attack, sees) in others().items():
         threat = threat_of(config)
@@ -117,12 +129,12 @@ def all_of_them(config, predict, images, labels, fitting, metrics) -> dict:
         smallest = np.asarray(minimal.distances(found))[clean] if name in OWN_NORM else found.norm[clean]
         within = norm == threat.norm
         if within:
-            metrics |= scores(name, ~found.success)
+            metrics |= scores(name, clean & ~found.success)
         metrics[f"{name}/median_size"] = float(np.median(smallest))
         rows.append([name, norm if name in OWN_NORM else f"{norm} {float(threat.eps):g}", sees,
-                     *(_accuracy(~found.success) if within else ("", "")), f"{np.median(smallest):.4g}",
+                     *(_accuracy(clean & ~found.success) if within else ("", "")), f"{np.median(smallest):.4g}",
                      f"{found.queries.mean():.0f}"])
-    rows += _of_all_images(key, predict, images, labels, fitting, threat_of(config), metrics)
+    rows += _of_all_images(key, predict, images, labels, clean, fitting, threat_of(config), metrics)
     return {"title": "All other attacks",
             "header": ["attack", "what it may do", "it sees", "accuracy", "95 % interval", "median size", "queries"],
             "rows": rows,
@@ -131,17 +143,18 @@ def all_of_them(config, predict, images, labels, fitting, metrics) -> dict:
                     f"made from {len(fitting[1])} training images."}
 
 
-def _of_all_images(key, predict, images, labels, fitting, threat, metrics) -> list[list[str]]:
+def _of_all_images(key, predict, images, labels, clean, fitting, threat, metrics) -> list[list[str]]:
     """Rows of attacks that are no small change of one image: one change for all, a patch, turning and shifting."""
     fit, fit_labels = (jnp.asarray(each) for each in fitting)
     change = universal.universal(named(key, "universal"), predict, fit, fit_labels, threat)
-    right = {"universal": ~np.asarray(universal.applied(change, predict, images, jnp.asarray(labels), threat).success)}
+    right = {"universal": clean & ~np.asarray(
+        universal.applied(change, predict, images, jnp.asarray(labels), threat).success)}
     learnt, _ = patch.learn(named(key, "patch"), predict, fit, jnp.asarray(TARGET))
     others = labels != TARGET
-    for name, each in {"patch": learnt, "grey patch": jnp.full_like(learnt, 0.5)}.items():
+    for name, each in {"patch": learnt, "grey patch": jnp.full_like(learnt, 0.5)}.items() if others.any() else ():
         right[name] = ~np.asarray(patch.hits(named(key, "patch"), predict, images, jnp.asarray(TARGET), each))[others]
     turn = functools.partial(spatial.grid, angles=13)
-    right["spatial"] = ~attacked(turn, named(key, "spatial"), predict, images, labels, threat).success
+    right["spatial"] = clean & ~attacked(turn, named(key, "spatial"), predict, images, labels, threat).success
     said = {"universal": (f"{threat.norm} {float(threat.eps):g}, the same for all", "gradients"),
             "patch": (f"a patch, anywhere, for class {TARGET}; right: not taken for it", "gradients"),
             "grey patch": ("control: the same of middle grey", "nothing"),

@@ -28,6 +28,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 DURATIONS = ("train_for", "eval_every", "checkpoint_every", "warmup", "profile")
 
+MEANT_FOR = {"momentum": ("optimizer", ("sgd", "nesterov")), "label_smoothing": ("defence", ("none",)),
+             "growth": ("defence", ("ibp", "crown_ibp")), "clean_weight": ("defence", ("ibp", "crown_ibp")),
+             "noisy_copies": ("defence", ("gaussian",))}
+"""A flag, and the values of another one without which it would be ignored."""
+
 
 def check(values: dict[str, Any], given: dict[str, Any]) -> None:
     """Refuses what cannot be meant.
@@ -49,6 +54,10 @@ def check(values: dict[str, Any], given: dict[str, Any]) -> None:
         untrained = name == "train_for" and values.get("init_from")  # what is there is judged as it is
         if duration.value == 0 and name not in ("warmup", "profile") and not untrained:
             raise InputError(f"--{name}={values[name]}: must be longer than nothing")
+    for name, (other, choices) in MEANT_FOR.items():
+        if name in given and other in values and values[other] not in choices:
+            raise InputError(f"--{name}={given[name]} has no meaning for --{other}={values[other]}; leave it out or "
+                             f"take {' or '.join(choices)}")
     if "coordinator" in values:
         cluster.check(values)
     if "optimizer" in values:
@@ -56,10 +65,7 @@ def check(values: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _check_optimizer(values, given, times) -> None:
-    rule, schedule = values["optimizer"], values.get("schedule")
-    if "momentum" in given and rule not in ("sgd", "nesterov"):
-        raise InputError(f"--momentum={given['momentum']} has no meaning for --optimizer={rule}; "
-                         "leave it out or take sgd or nesterov")
+    schedule = values.get("schedule")
     if values.get("batch_size", 0) % values.get("accumulate", 1):
         raise InputError(f"--accumulate={values['accumulate']} does not divide --batch_size={values['batch_size']}; "
                          "its parts must be of one size")

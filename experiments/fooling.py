@@ -57,10 +57,11 @@ class Config:
     def __post_init__(self):
         if self.model.mirror:
             raise InputError("--mirror: images are made for the network itself; leave it out")
-        if durations.parse(self.run.train_for, "train_for").value == 0:
+        length = durations.parse(self.run.train_for, "train_for")
+        if length.value == 0:
             raise InputError(f"--train_for={self.run.train_for}: other networks are trained as long; --init_from alone "
                              "takes the first as it is")
-        if self.run.train_for.endswith("minutes"):
+        if length.unit == "minutes":
             raise InputError(f"--train_for={self.run.train_for}: other networks are trained as long; give epochs or "
                              "steps")
 

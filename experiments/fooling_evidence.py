@@ -96,7 +96,9 @@ def search(config, dataset, model, variables, metrics) -> Study:
     metrics["seconds/three_methods"] = sum(metrics[f"{method}/seconds"] for method in SAYS)
     test, training = dataset.splits["test"], dataset.splits["train"]
     real = test[order.permutation(len(test), config.run.seed, 0)[: config.fooling.controls]]["image"]
-    part = training[order.permutation(len(training), config.run.seed, 0)[:TRAINING]]
+    some = order.permutation(len(training), config.run.seed, 0)[:TRAINING]
+    # Of every class one at least, which Mahalanobis' score needs.
+    part = training[np.union1d(some, np.unique(training.labels, return_index=True)[1])]
     controls = {kind: np.asarray(fooling.random_images(stream(key, kind), jnp.asarray(real), kind))
                 for kind in fooling.RANDOM}
     return Study(model, variables, predict, key, found, real, (part["image"], part["label"]), controls)

@@ -107,10 +107,7 @@ def _tries(key, predict, images, labels, threat, aims, count, steps, measure, ju
             x, queries = climb(threat, beginning(own, images, threat), kept.success, steps=steps)
         x = jnp.where(over_pixels(kept.success, x), kept.images, x)
         found = threats.result(predict, x, images, labels, threat, judge, kept.queries + queries, targets)
-        better = ~kept.success & (found.success | (found.loss > kept.loss))
-        queries = jnp.where(kept.success, kept.queries, found.queries)
-        kept = jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old), found, kept)
-        return number + 1, kept.replace(queries=queries)
+        return number + 1, threats.better_of(found, kept)[0]
 
     return jax.lax.while_loop(lambda c: (c[0] < count) & ~jnp.all(c[1].success), one, (0, kept))[1]
 

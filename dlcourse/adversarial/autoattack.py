@@ -68,14 +68,14 @@ def autoattack_stages(key, predict: Predict, images, labels, threat: Threat, *, 
     What a stage returns is moved inside the threat and judged anew; what attacks a network that draws chose by its
     draws is judged by other draws.
     """
-    _check(predict, threat, targets, version)
+    classes = jax.eval_shape(predict, jnp.asarray(images[:1])).shape[-1]
+    _check(predict, threat, targets, version, classes)
     count = len(images)
     images, labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
     eps = np.broadcast_to(np.asarray(threat.eps, np.float32), count)
     keys = example_keys(key, count)
     sizes = bucket_sizes(min(batch_size, count))
     judge = predict.replace(key=stream(predict.key, "judge")) if isinstance(predict, Expectation) else predict
-    classes = jax.eval_shape(predict, jnp.asarray(images[:1])).shape[-1]
 
     def run(attack, name, kept, rows):
         for part, used in chunks(rows, sizes):
@@ -112,7 +112,7 @@ def chunks(rows: np.ndarray, sizes: tuple[int, ...]) -> Iterator[tuple[np.ndarra
         yield np.concatenate([part, np.repeat(part[:1], size - len(part))]), len(part)
 
 
-def _check(predict, threat, targets, version):
+def _check(predict, threat, targets, version, classes):
     versions = tuple(dict.fromkeys(name for name, _ in STAGES))
     if version not in versions:
         raise InputError(f"version {version!r}: AutoAttack has {', '.join(versions)}")
@@ -123,6 +123,15 @@ def _check(predict, threat, targets, version):
         raise InputError("AutoAttack aims at classes of its own: for given targets take apgd")
     if version == "rand" and not isinstance(predict, Expectation):
         raise InputError("AutoAttack rand is for networks that draw: give an eot.Expectation, or take standard")
+    least = least_classes(version, threat.norm)
+    if classes < least:
+        raise InputError(f"{classes} classes: AutoAttack {version} needs at least {least}")
+
+
+def least_classes(version: str, norm: str) -> int:
+    """What the DLR loss needs: 3 classes, 4 where it is targeted."""
+    names = [name for name, _ in STAGES[version, norm]]
+    return 4 if "apgd-t" in names else 3 if "apgd-dlr" in names else 2
 
 
 def _attack(name, settings, classes):

@@ -70,4 +70,4 @@ def carlini_wagner(key, predict: Predict, images, labels, threat: Threat, *, tar
         return nearest, succeeded
 
     nearest = minimal.over_constants(attempt, nearest, constant, rounds)
-    return minimal.result(predict, nearest, images, labels, threat, targets)
+    return minimal.result(predict, nearest.images, images, labels, threat, nearest.queries, targets)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dlcourse.adversarial import bounds, objectives
+from dlcourse.adversarial.defences import hard_labels
 from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import InputError, Loss
 from dlcourse.training.evaluation import predictor
@@ -56,7 +57,8 @@ def ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa: Sched
       A Loss whose metrics are `loss`, `accuracy` (clean), `certified_accuracy` and `eps`.
 
     Raises:
-      InputError: a schedule, and a batch that does not say at which `step` it is; `train_step` says it.
+      InputError: a schedule, and a batch that does not say at which `step` it is (`train_step` says it); or a batch
+        with `target`.
     """
     return _certified(model, threat, eps, kappa, 0.0)
 
@@ -75,6 +77,8 @@ def crown_ibp_loss(model, threat: Threat, *, eps: Schedule | None = None, kappa:
 
 def _certified(model, threat, eps, kappa, beta):
     def loss(params, model_state, batch, key):
+        hard_labels(batch)
+
         def now(schedule):
             if not callable(schedule):
                 return schedule

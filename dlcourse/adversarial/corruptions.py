@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlcourse.adversarial import blurs, weather
+from dlcourse.adversarial import blurs, masking, weather
 from dlcourse.adversarial.jpeg import jpeg
 from dlcourse.adversarial.threat import example_keys
 from dlcourse.contracts import InputError, Predict
@@ -233,6 +233,8 @@ def errors(key: jax.Array, predict: Predict, images: np.ndarray, labels: np.ndar
            names: Sequence[str] = tuple(CORRUPTIONS), batch_size: int = 500) -> dict[str, np.ndarray]:
     """Share of the images that are misclassified, (5,) over severities, for every corruption.
 
+    An image is where its logits are not finite.
+
     Args:
       key: (); every image has the same draws however images are batched.
       predict: images -> logits, a pytree.
@@ -248,8 +250,7 @@ def errors(key: jax.Array, predict: Predict, images: np.ndarray, labels: np.ndar
         for name in names:
             for severity in SEVERITIES:
                 damaged = corrupt(keys[part], jnp.asarray(images[part]), severity, name=name)
-                logits = predict(damaged)
-                counts[name][severity - 1] += int(jnp.sum(logits.argmax(-1) != jnp.asarray(labels[part])))
+                counts[name][severity - 1] += int((~masking.right(np.asarray(predict(damaged)), labels[part])).sum())
     return {name: count / len(images) for name, count in counts.items()}
 
 

@@ -60,4 +60,4 @@ def ddn(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
 
     first = jnp.full(len(images), radius, images.dtype)
     nearest = jax.lax.while_loop(lambda c: (c[0] < steps) & jnp.any(c[-1].open), step, (0, images, first, nearest))[-1]
-    return minimal.result(predict, nearest, images, labels, threat, targets)
+    return minimal.result(predict, nearest.images, images, labels, threat, nearest.queries, targets)

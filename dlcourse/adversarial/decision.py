@@ -1,8 +1,8 @@
 """Attacks that see nothing but the predicted class: the Boundary attack and HopSkipJump.
 
-Both look for the smallest change, so that a result may lie outside of the threat's eps: compare `norm` with it. Both
-begin from an image that fools the network already: `start` where it does, else uniform noise. An example for which none
-is found keeps its image and did not succeed. One that is fooled without any change is left as it is, with norm 0.
+Both look for the smallest change, however far it is (see `minimal`). Both begin from an image that fools the network
+already: `start` where it does, else uniform noise. An example for which none is found keeps its image and did not
+succeed. One that is fooled without any change is left as it is, with norm 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dlcourse.adversarial import objectives
+from dlcourse.adversarial import minimal
 from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, over_pixels, size
 from dlcourse.contracts import InputError, Predict
@@ -84,7 +84,7 @@ def boundary(key, predict: Predict, images, labels, threat: Threat, *, targets=N
       predict: images -> logits.
       images: (B,H,W,C) in the box.
       labels: (B,) the truth.
-      threat: of norm l2; its eps is not used.
+      threat: of norm l2; its eps only judges (see `minimal`).
       targets: (B,) classes to be taken for, or None.
       start: (B,H,W,C) that fool the network, or None.
       steps: at most, of one query each and a tenth more.
@@ -123,7 +123,7 @@ def boundary(key, predict: Predict, images, labels, threat: Threat, *, targets=N
 
     carry = (0, x, sphere_step * ones, source_step * ones, none, none, queries, found & ~already)
     _, x, *_, queries, _ = jax.lax.while_loop(lambda c: (c[0] < steps) & jnp.any(c[-1]), step, carry)
-    return threats.result(predict, x, images, labels, threat, objectives.margin, queries, targets)
+    return minimal.result(predict, x, images, labels, threat, queries, targets)
 
 
 def _propose(keys, x, images, threat, sphere, source):
@@ -166,7 +166,7 @@ def hop_skip_jump(key, predict: Predict, images, labels, threat: Threat, *, targ
       predict: images -> logits.
       images: (B,H,W,C) in the box.
       labels: (B,) the truth.
-      threat: of norm linf or l2; its eps is not used.
+      threat: of norm linf or l2; its eps only judges (see `minimal`).
       targets: (B,) classes to be taken for, or None.
       start: (B,H,W,C) that fool the network, or None.
       steps: T, each a gradient and a bisection.
@@ -206,7 +206,7 @@ def hop_skip_jump(key, predict: Predict, images, labels, threat: Threat, *, targ
     carry = (0, x, x, queries + alive * halvings)
     *_, best, queries = jax.lax.while_loop(lambda c: (c[0] < steps) & jnp.any(alive), hop, carry)
     best = jnp.where(over_pixels(alive, best), best, images)
-    return threats.result(predict, best, images, labels, threat, objectives.margin, queries, targets)
+    return minimal.result(predict, best, images, labels, threat, queries, targets)
 
 
 def _to_boundary(adversarial: Callable, x, images, norm, halvings):

@@ -60,7 +60,7 @@ def deepfool(key, predict: Predict, images, labels, threat: Threat, *, targets=N
         (0, images, jnp.zeros_like(images), ~nearest.open, nearest.queries))
     distance = jnp.where(nearest.open, 1.0, 0.0)  # there is but one candidate an example
     nearest = nearest.replace(queries=queries).update(x, distance, fooled(predict(x), labels))
-    return minimal.result(predict, nearest, images, labels, threat, None)
+    return minimal.result(predict, nearest.images, images, labels, threat, nearest.queries, None)
 
 
 def _linearised(predict, x, labels, rivals):

@@ -16,7 +16,7 @@ from dlcourse.adversarial import gradient, objectives
 from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.objectives import picked
 from dlcourse.adversarial.threat import Threat, example_keys, over_pixels
-from dlcourse.contracts import Loss, Predict
+from dlcourse.contracts import InputError, Loss, Predict
 from dlcourse.models.layers import platform
 from dlcourse.streams import stream
 from dlcourse.training.evaluation import predictor
@@ -116,6 +116,9 @@ def mart(model, threat: Threat, *, weight: float = 5.0, steps: int = 10,
 
     Returns:
       A Loss with the metrics of `trades`.
+
+    Raises:
+      InputError: a batch with `target`.
     """
     def craft(params, model_state, batch, key):
         images, labels, predict = batch["image"], batch["label"], _evaluated(model, params, model_state)
@@ -123,6 +126,7 @@ def mart(model, threat: Threat, *, weight: float = 5.0, steps: int = 10,
                       threat, steps, step_size)
 
     def judge(params, model_state, batch, attacked, key):
+        hard_labels(batch)
         labels = batch["label"]
         clean, state = _trained(model, params, model_state, batch["image"], key)
         logits, state = _trained(model, params, {**model_state, **state}, attacked, key)
@@ -187,6 +191,12 @@ def overfitted(gap, *, limit: float = 0.2) -> jax.Array:
     In a sound network PGD costs a few points more than FGSM; once overfitted, nearly all of FGSM's accuracy.
     """
     return jnp.asarray(gap) < -limit
+
+
+def hard_labels(batch) -> None:
+    """Raises InputError where images were mixed: some losses are for one class an image."""
+    if "target" in batch:
+        raise InputError("this defence needs one class an image: leave mixup and cutmix out of --augment")
 
 
 def _evaluated(model, params, model_state) -> Predict:

@@ -77,7 +77,7 @@ def ead(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
         return nearest, succeeded
 
     nearest = minimal.over_constants(attempt, nearest, constant, rounds)
-    return minimal.result(predict, nearest, images, labels, threat, targets)
+    return minimal.result(predict, nearest.images, images, labels, threat, nearest.queries, targets)
 
 
 def _square(change):

@@ -12,10 +12,8 @@ from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.gradient import ascend
 from dlcourse.adversarial.objectives import picked
 from dlcourse.adversarial.projections import NORMS, onto_hyperplane
-from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, over_pixels, size
+from dlcourse.adversarial.threat import DUAL, AttackResult, Threat, example_keys, fooled, over_pixels, size
 from dlcourse.contracts import InputError, Predict
-
-DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "restarts"))
@@ -101,9 +99,7 @@ def _attempts(key, predict, images, labels, threat, targets, aim, steps, restart
         reached = jnp.where(over_pixels(length <= threat.eps, images), reached, images)
         found = threats.result(predict, reached, images, labels, threat, objectives.margin, kept.queries + 2 * taken,
                                targets)
-        better = ~kept.success & (found.success | (found.loss > kept.loss))
-        return number + 1, jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old), found, kept) \
-            .replace(queries=jnp.where(kept.success, kept.queries, found.queries))
+        return number + 1, threats.better_of(found, kept)[0]
 
     return jax.lax.while_loop(lambda c: (c[0] < attempts) & ~jnp.all(c[1].success), attempt, (0, kept))[1]
 

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 
 from dlcourse.adversarial import minimal, objectives
 from dlcourse.adversarial.gradient import ascend
-from dlcourse.adversarial.threat import NORMS, AttackResult, Threat, fooled, project, size, steepest
+from dlcourse.adversarial.threat import DUAL, NORMS, AttackResult, Threat, fooled, project, size, steepest
 from dlcourse.contracts import Predict
-
-DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 @functools.partial(jax.jit, static_argnames=("steps",))
@@ -65,4 +63,4 @@ def fmn(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
 
     first = jnp.full(len(images), 1.0 if norm == "l0" else jnp.inf, images.dtype)
     nearest = jax.lax.while_loop(lambda c: (c[0] < steps) & jnp.any(c[-1].open), step, (0, images, first, nearest))[-1]
-    return minimal.result(predict, nearest, images, labels, threat, targets)
+    return minimal.result(predict, nearest.images, images, labels, threat, nearest.queries, targets)

@@ -127,8 +127,8 @@ def ascended(key: jax.Array, predict: Predict, shape: tuple[int, int, int], clas
              target: float = AIM) -> Fooled:
     """Fooling images by gradient ascent: x <- x + step_size g / rms(g), g the gradient of log p_k less regularisers.
 
-    Starts from grey with a little noise; of all steps the surest image is kept, and a class that reached the target
-    stays as it is.
+    Starts from grey with a little noise, and ends when every class has reached the target; of all steps the surest
+    image is kept.
 
     Args: as of `evolved`, and
       regularisers: what is subtracted from log p_k, and what is done to the image between steps.
@@ -141,16 +141,14 @@ def ascended(key: jax.Array, predict: Predict, shape: tuple[int, int, int], clas
     best, log_p = x, jnp.full(classes, -jnp.inf)
     weights = tuple(map(jnp.float32, (regularisers.l2, regularisers.tv, regularisers.blur, step_size)))
     history = []
-    for number in range(steps):
+    for number in range(steps + 1):
         best, log_p = _better(predict, x, best, log_p)
         history.append(np.exp(log_p))
-        if (history[-1] >= target).all():
+        if number == steps or (history[-1] >= target).all():
             break
         x = _climb(stream(key, "jitter", number), predict, x, jnp.int32(number), weights, regularisers.jitter)
-    best, log_p = _better(predict, x, best, log_p)
-    history.append(np.exp(log_p))
     return Fooled(np.asarray(as_bytes(best)), confidences(predict, as_bytes(best)), np.stack(history),
-                  2 * classes * len(history))
+                  classes * (2 * len(history) - 1))
 
 
 @jax.jit

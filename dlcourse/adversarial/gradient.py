@@ -150,9 +150,6 @@ def noise(key, predict: Predict, images, labels, threat: Threat, *, targets=None
     def body(carry):
         number, kept = carry
         found = threats.result(predict, draw(number), images, labels, threat, objectives.margin, kept.queries, targets)
-        better = ~kept.success & (found.loss > kept.loss)
-        kept = jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old), found, kept).replace(
-            queries=jnp.where(kept.success, kept.queries, found.queries))
-        return number + 1, kept
+        return number + 1, threats.better_of(found, kept)[0]
 
     return jax.lax.while_loop(lambda c: (c[0] < draws) & ~jnp.all(c[1].success), body, (0, start))[1]

@@ -1,9 +1,9 @@
 """What attacks that look for the smallest change share: the nearest image found, and what is made of it.
 
-Such attacks (deepfool, ddn, fmn, carlini_wagner, ead) use the threat's norm and box to search in, and its eps only to
-judge: they return the nearest image that fools the network, however far it is, and it counts as a success where it
-also is within eps. An image that fools the network as it is stays as it is; so does one for which nothing was found.
-`distances` tells all these apart.
+Such attacks (deepfool, ddn, fmn, carlini_wagner, ead, boundary, hop_skip_jump) use the threat's norm and box to search
+in, and its eps only to judge: they return the nearest image that fools the network, however far it is, and it counts as
+a success where it also is within eps. An image that fools the network as it is stays as it is; so does one for which
+nothing was found. `distances` tells all these apart.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def start(predict: Predict, images, labels, threat: Threat, targets, norms: tupl
     return Nearest(images, jnp.where(won, 0.0, jnp.inf).astype(images.dtype), jnp.ones(len(images), jnp.int32))
 
 
-def result(predict: Predict, nearest: Nearest, images, labels, threat: Threat, targets) -> AttackResult:
+def result(predict: Predict, nearest, images, labels, threat: Threat, queries, targets) -> AttackResult:
     """The nearest images judged anew: success where they fool the network and are within eps; loss is the margin."""
-    found = threats.result(predict, nearest.images, images, labels, threat, objectives.margin, nearest.queries, targets)
+    found = threats.result(predict, nearest, images, labels, threat, objectives.margin, queries, targets)
     return found.replace(success=found.success & (found.norm <= jnp.asarray(threat.eps)))
 
 

@@ -11,7 +11,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from dlcourse.adversarial import objectives
 from dlcourse.adversarial import threat as threats
-from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, over_pixels
+from dlcourse.adversarial.threat import AttackResult, Threat, example_keys
 from dlcourse.contracts import Predict
 
 
@@ -65,11 +65,8 @@ def worst_pose(predict: Predict, images, labels, threat: Threat, poses: Pose, *,
         pose = jax.tree.map(lambda values: values[number], poses)
         tried = jnp.clip(moved(images, pose, threat.low), threat.low, threat.high)
         found = threats.result(predict, tried, images, labels, threat, objectives.margin, kept.queries, targets)
-        better = ~kept.success & (found.success | (found.loss > kept.loss))
-        queries = jnp.where(kept.success, kept.queries, found.queries)
-        kept, best = jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old),
-                                  (found, pose), (kept, best))
-        return number + 1, kept.replace(queries=queries), best
+        kept, better = threats.better_of(found, kept)
+        return number + 1, kept, jax.tree.map(functools.partial(jnp.where, better), pose, best)
 
     _, kept, best = jax.lax.while_loop(
         lambda c: (c[0] < len(poses.degrees)) & ~jnp.all(c[1].success), body, (0, start, still))

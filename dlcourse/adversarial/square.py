@@ -94,9 +94,7 @@ def square(key, predict: Predict, images, labels, threat: Threat, *, targets=Non
         reached, taken = _search(own, predict, images, labels, threat, targets, objective, queries, p, draws,
                                  kept.success)
         found = threats.result(predict, reached, images, labels, threat, objective, kept.queries + taken, targets)
-        better = ~kept.success & (found.success | (found.loss > kept.loss))
-        return number + 1, jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old), found, kept) \
-            .replace(queries=jnp.where(kept.success, kept.queries, found.queries))
+        return number + 1, threats.better_of(found, kept)[0]
 
     start = threats.unchanged(predict, images, labels, threat, objective, targets)
     return jax.lax.while_loop(lambda c: (c[0] < restarts) & ~jnp.all(c[1].success), restart, (0, start))[1]

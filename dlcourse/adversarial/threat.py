@@ -16,6 +16,8 @@ from flax import struct
 from dlcourse.contracts import InputError, Predict
 
 NORMS = ("linf", "l2", "l1", "l0")
+DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
+"""The norm of w in |<w, d>| <= |w|_dual |d|_norm."""
 
 
 class Threat(struct.PyTreeNode):
@@ -211,3 +213,14 @@ def unchanged(predict: Predict, images: jax.Array, labels: jax.Array, threat: Th
     """The result of doing nothing, where attacks begin; any other loses to a real one where it does not succeed."""
     found = result(predict, images, images, labels, threat, objective, jnp.zeros(len(images), jnp.int32), targets)
     return found.replace(loss=jnp.where(found.success, found.loss, -jnp.inf))
+
+
+def better_of(found: AttackResult, kept: AttackResult) -> tuple[AttackResult, jax.Array]:
+    """The better of two results of each example, and (B,) where that is `found`.
+
+    What fools is kept; else what is found is taken where it fools or has the larger objective. The queries are those
+    of `found`, which count on from `kept`, where an attack had anything left to do.
+    """
+    better = ~kept.success & (found.success | (found.loss > kept.loss))
+    best = jax.tree.map(lambda new, old: jnp.where(over_pixels(better, new), new, old), found, kept)
+    return best.replace(queries=jnp.where(kept.success, kept.queries, found.queries)), better

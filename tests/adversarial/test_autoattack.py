@@ -160,7 +160,7 @@ def test_rand_is_as_strong_as_the_authors_code(golden, norm, noise, samples):  #
     ("AutoAttack plus has linf, l2", {"threat": Threat(1.0, "l1"), "version": "plus"}),
     ("given targets take apgd", {"targets": jnp.zeros(2, jnp.int32)}),
     ("take standard", {"version": "rand"}),
-    ("2 classes: dlr with targets needs at least 4", {}),
+    ("2 classes: AutoAttack standard needs at least 4", {}),
 ])
 def test_what_cannot_be_is_said(words, settings):
     settings = {"threat": Threat(0.1), **settings}

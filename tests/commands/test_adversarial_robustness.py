@@ -10,7 +10,7 @@ import pytest
 from commands import ROOT
 
 from dlcourse.contracts import InputError
-from experiments import adversarial_evidence, adversarial_robustness, command, parsing, train
+from experiments import adversarial_evidence, adversarial_robustness, adversarial_suite, command, parsing, train
 from experiments.adversarial_robustness import Config, Robustness
 
 SMALL = ["--model=mlp,width=32", "--train_for=3epochs", "--attacked=20", "--steps=5", "--notensorboard"]
@@ -51,6 +51,10 @@ def test_networks_are_drawn_beside_finished_runs_of_the_same_threat_alone(tmp_pa
     assert "earlier 90" in drawn["trade_off"]["alt"] and "this one 80" in drawn["trade_off"]["alt"]
     with pytest.raises(InputError, match="its eps is"):
         adversarial_evidence.finished(Config(robustness=Robustness(beside=str(there), eps=0.2)))
+    with pytest.raises(InputError, match="its attacked is 200, here it is 100"):
+        adversarial_evidence.finished(Config(robustness=Robustness(beside=str(there), attacked=100)))
+    with pytest.raises(InputError, match="another one there is called earlier, too"):
+        adversarial_evidence.finished(Config(robustness=Robustness(beside=f"{there},{there}")))
     with pytest.raises(InputError, match="no finished run"):
         adversarial_evidence.finished(Config(robustness=Robustness(beside=str(tmp_path))))
 
@@ -78,7 +82,8 @@ def test_a_network_trained_under_noise_is_judged_under_noise(tmp_path):
     shares = [share for name, share in metrics.items() if name.startswith(adversarial_evidence.CERTIFIED_AT)]
     assert len(shares) == 80 and shares == sorted(shares, reverse=True)
     there = str(tmp_path / "run")
-    noisier = Config(robustness=Robustness(defence="gaussian", norm="l2", eps=0.5, beside=there))
+    noisier = Config(robustness=Robustness(defence="gaussian", norm="l2", eps=0.5, beside=there, noisy_copies=200,
+                                           attacked=20, steps=5))
     assert adversarial_evidence.finished(noisier) == {"run": metrics}
     sigma, radii, accuracies, average = adversarial_evidence._by_radius(metrics)
     assert sigma == radii[20] == 0.25 and accuracies == shares
@@ -106,6 +111,25 @@ def test_an_overfitted_network_raises_the_alarm_while_it_is_trained(gap, tmp_pat
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["values"]["gap"] for record in records if record["split"] == "validation"] == 3 * [gap]
     assert capsys.readouterr().err.count("alarm: catastrophic overfitting") == (3 if gap == -0.8 else 0)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--defence=mart", "--augment=mixup=0.2"], "leave mixup and cutmix out"),
+    (["--defence=ibp", "--augment=cutmix=1"], "leave mixup and cutmix out"),
+    (["--dataset=fake:8x8x1,3", "--attacks=autoattack"], "AutoAttack needs at least 4 classes"),
+    (["--defence=pgd", "--label_smoothing=0.1"], "no meaning for --defence=pgd")])
+def test_what_cannot_be_meant_is_said_before_training(flags, said, tmp_path, capsys):
+    assert status(tmp_path, *SMALL, *flags) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_logits_that_are_not_finite_are_never_right():
+    broken = jax.tree_util.Partial(lambda images: np.nan * images.reshape(len(images), -1)[:, :10])
+    images, labels = np.full((20, 4, 4, 1), 0.5, np.float32), np.zeros(20, np.int32)
+    metrics = {}
+    adversarial_suite.run(Config(robustness=Robustness(steps=2)), broken, images, labels, metrics)
+    assert {name: value for name, value in metrics.items() if name.endswith("/accuracy") and value} == {}
 
 
 @pytest.mark.slow
@@ -142,7 +166,9 @@ def test_a_preset_takes_a_step_on_made_up_data_of_its_shape(preset):
     ("--eps=0", "--eps=0"), ("--eps=2", "beyond the box"), ("--attacked=5", "--attacked=5"), ("--steps=0", "--steps=0"),
     ("--growth=1", "--growth=1"), ("--clean_weight=2", "--clean_weight=2"), ("--noisy_copies=0", "--noisy_copies=0"),
     ("--attacks=some", "some"),
-    ("--train_for=0steps", "longer than nothing"), ("--norm=l7", "l7"), ("--defence=prayer", "prayer")])
+    ("--growth=0.5", "no meaning for --defence=none"), ("--noisy_copies=5", "no meaning for --defence=none"),
+    ("--mirror", "leave it out"), ("--train_for=0steps", "longer than nothing"), ("--norm=l7", "l7"),
+    ("--defence=prayer", "prayer")])
 def test_what_cannot_be_attacked_is_refused(flag, said, tmp_path, capsys):
     assert status(tmp_path, flag) == 2
     assert said in capsys.readouterr().err

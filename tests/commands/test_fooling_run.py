@@ -49,7 +49,7 @@ def test_a_run_and_one_that_begins_with_its_network(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--generations=0", "--rounds=-1", "--mirror", "--train_for=5minutes",
-                                  "--train_for=0epochs"])
+                                  "--train_for=1minute", "--train_for=0epochs"])
 def test_a_mistake_in_a_flag(flag, tmp_path):
     assert_mistake(experiment(tmp_path, "fooling", flag), flag)
     assert not (tmp_path / "runs").exists()
