@@ -32,6 +32,7 @@ SIZES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 GREY_LEVELS = 255
 UNSEEN = 8
 """Grey levels that the field takes to be invisible (8/255, Madry et al. 2018 on CIFAR-10)."""
+WHOLE = "certified (all)"
 CERTIFIED_AT = "smoothed/certified_at_"
 RADII = np.arange(80) / 20
 """Of certificates by smoothing, in units of the noise's deviation."""
@@ -162,15 +163,20 @@ def table(config, labels, found, metrics) -> dict:
 
     rows = [row(name, f"{float(np.median(result.norm)):.4g}", f"{float(result.queries.mean()):.0f}")
             for name, result in found.items()]
+    rows += [row(name, "", "") for name in ("worst", "certified", WHOLE) if f"{name}/accuracy" in metrics]
     return {"title": f"Accuracy under attack, {config.robustness.norm} {config.robustness.eps:g}",
             "header": ["attack", "accuracy", "95 % interval", "median size of the change", "mean queries"],
-            "rows": [*rows, row("worst", "", "")],
-            "note": f"Over {len(labels)} test images; the first row is the control, the last one the worst of all "
-                    "others. FMN looks for the nearest image, which may lie beyond the bound; there it does not count."}
+            "rows": rows,
+            "note": f"Over {len(labels)} test images; the first row is the control, worst counts all attacks together. "
+                    "FMN looks for the nearest image, which may lie beyond the bound; there it does not count. "
+                    "Certified: proved for these images and, where any are, for those of the whole test split."}
 
 
-def certify(config, predict, images, labels, metrics) -> np.ndarray | None:
-    """(N,) images whose class no change within the threat can alter, proved by CROWN-IBP; None for unknown networks."""
+def certify(config, predict, split, images, labels, metrics) -> np.ndarray | None:
+    """(N,) images whose class no change within the threat can alter, proved by CROWN-IBP; None for unknown networks.
+
+    Where there are any, those of the whole split are counted, too.
+    """
     def proved(x, y):
         return np.asarray(bounds.certified(bounds.crown(predict, x, y, threat_of(config), intermediate="ibp"), y))
 
@@ -179,6 +185,11 @@ def certify(config, predict, images, labels, metrics) -> np.ndarray | None:
     except InputError:  # an operation of this network that the bounds do not know
         return None
     metrics |= scores("certified", found)
+    if found.any():
+        starts = range(0, len(split), CERTIFIED * 20)
+        parts = (split[np.arange(start, min(start + CERTIFIED * 20, len(split)))] for start in starts)
+        metrics |= scores(WHOLE, np.concatenate(
+            [_in_parts(proved, part["image"], part["label"]) for part in parts]))
     return found
 
 

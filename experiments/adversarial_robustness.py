@@ -148,7 +148,7 @@ def judged(config, run, others, dataset, predict, images, labels):
     clean = evaluation.predictions(predict, dataset.splits["test"])
     metrics = {f"test/{name}": value for name, value in evaluation.summarise(clean)}
     attacks = suite.run(config, predict, images, labels, metrics)
-    certified = evidence.certify(config, predict, images, labels, metrics)
+    certified = evidence.certify(config, predict, dataset.splits["test"], images, labels, metrics)
     evidence.smoothed(config, run, others, predict, images, labels, metrics)
     claims = evidence.claims(config, predict, images, labels, attacks, metrics)
     evidence.draw(config, run, predict, images, labels, dataset.class_names, attacks, metrics)

@@ -28,6 +28,7 @@ def test_a_run_leaves_curves_strips_an_audit_and_claims(tmp_path):
     metrics, audit = result["metrics"], json.loads((tmp_path / "run" / "audit.json").read_text())
     assert metrics["worst/accuracy"] <= min(metrics[f"{name}/accuracy"] for name in ("fgsm", "pgd", "apgd", "square"))
     assert metrics["certified/accuracy"] <= metrics["worst/accuracy"] < metrics["noise/accuracy"]
+    assert ("certified (all)/accuracy" in metrics) == (metrics["certified/accuracy"] > 0)
     curve = [metrics[f"pgd/accuracy_at_{factor:g}_eps"] for factor in (0.125, 0.5, 1, 4)]
     assert curve == sorted(curve, reverse=True) and curve[-1] < curve[0]
     assert audit["attacks"]["pgd"]["norm_max"] <= 0.2 + 1e-6
