@@ -40,7 +40,7 @@ class Robustness:
     attacked: int = settings.setting(200, "test images that are attacked, drawn by the seed; 0: all")
     steps: int = settings.setting(40, "gradients of PGD, FAB and each of APGD's runs; AutoAttack has its own")
     attacks: Literal["few", "autoattack", "all"] = settings.setting(
-        "few", "run AutoAttack, too, the strongest one (autoattack), or all attacks there are (all)")
+        "few", "run AutoAttack, too, the strongest one (autoattack), or all attacks there are, and corruptions (all)")
 
     def __post_init__(self):
         if not self.eps > 0:
@@ -158,7 +158,8 @@ def judged(config, run, others, dataset, predict, images, labels):
     tables = [evidence.table(config, labels, attacks, metrics), evidence.signs(audited)]
     if config.robustness.attacks == "all":
         fitting = evidence.chosen(dataset.splits["train"], config.run.seed, evidence.FITTED)
-        tables.insert(1, suite.all_of_them(config, predict, images, labels, fitting, metrics))
+        tables[1:1] = [suite.all_of_them(config, predict, images, labels, fitting, metrics),
+                       suite.corrupted(config, predict, images, labels, others, metrics)]
     return metrics, claims, tables
 
 

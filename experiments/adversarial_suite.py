@@ -1,4 +1,4 @@
-"""The attacks that `adversarial_robustness` runs: a few on every network, all there are where they are asked for."""
+"""What `adversarial_robustness` runs: a few attacks on every network; all there are, and corruptions, where asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlcourse import streams
-from dlcourse.adversarial import gradient, masking, minimal, patch, spatial, universal
+from dlcourse.adversarial import corruptions, gradient, masking, minimal, patch, spatial, universal
 from dlcourse.adversarial.apgd import apgd
 from dlcourse.adversarial.autoattack import autoattack, least_classes
 from dlcourse.adversarial.carlini_wagner import carlini_wagner
@@ -31,6 +31,7 @@ NOISE = "noise"
 DRAWS = 20
 TABLED = 100
 """Images of the table of all attacks, at most: those that see decisions alone ask thousands of times for each."""
+MCE = "corruption/mce_against_"
 TARGET = 0
 """The class that the patch is made for."""
 OWN_NORM = {"deepfool": "l2", "ddn": "l2", "carlini_wagner": "l2", "boundary": "l2", "hop_skip_jump": "l2", "ead": "l1",
@@ -162,6 +163,32 @@ def _of_all_images(key, predict, images, labels, clean, fitting, threat, metrics
     for name, each in right.items():
         metrics |= scores(name.replace(" ", "_"), each)
     return [[name, *said[name], *_accuracy(each), "", ""] for name, each in right.items()]
+
+
+def corrupted(config, predict, images, labels, others, metrics) -> dict:
+    """The table of the common corruptions: errors by severity, and mCE against every run beside that measured them."""
+    found = corruptions.errors(named(streams.root(config.run.seed), "corruptions"), predict, images, labels)
+    metrics |= {_error(name, severity): float(error) for name, errors in found.items()
+                for severity, error in zip(corruptions.SEVERITIES, errors, strict=True)}
+    metrics["corruption/mean_error"] = float(np.mean(list(found.values())))
+    for run, theirs in others.items():
+        reference = {name: [theirs.get(_error(name, severity), 0.0) for severity in corruptions.SEVERITIES]
+                     for name in found}
+        if all(map(any, reference.values())):
+            metrics[MCE + run] = corruptions.mean_corruption_error(found, reference)
+    mces = [["mCE", *[""] * 5, f"{100 * value:.1f} % of {name.removeprefix(MCE)}"] for name, value in metrics.items()
+            if name.startswith(MCE)]
+    return {"title": "Common corruptions: share misclassified",
+            "header": ["corruption", *(f"severity {severity}" for severity in corruptions.SEVERITIES), "mean"],
+            "rows": [*([name, *(f"{100 * error:.1f} %" for error in (*errors, errors.mean()))]
+                       for name, errors in found.items()),
+                     ["all", *[""] * 5, f"{100 * metrics['corruption/mean_error']:.1f} %"], *mces],
+            "note": f"Over {len(labels)} test images, each damaged once (Hendrycks & Dietterich 2019). mCE is the mean "
+                    "of the ratios to the errors of another network, a run given to --beside."}
+
+
+def _error(name: str, severity: int) -> str:
+    return f"corruption/{name}_{severity}"
 
 
 def _accuracy(right) -> tuple[str, str]:

@@ -70,6 +70,13 @@ def test_all_attacks_make_a_table_of_their_own(tmp_path):
     # The nearest in l2 can be no farther than a decision-based attack's, up to what the search leaves.
     assert metrics["ddn/median_size"] <= 1.05 * metrics["boundary/median_size"]
     assert metrics["fmn (l0)/median_size"] >= 1
+    errors = {name: value for name, value in metrics.items() if name.startswith("corruption/") and name[-1].isdigit()}
+    assert len(errors) == 75 and metrics["corruption/mean_error"] == pytest.approx(np.mean(list(errors.values())))
+    assert errors["corruption/gaussian_noise_1"] < errors["corruption/contrast_5"]
+    bright = jax.tree_util.Partial(lambda x: x.reshape(len(x), -1)[:, :10])
+    others = {"earlier": metrics, "without": {}}
+    table = adversarial_suite.corrupted(Config(), bright, np.ones((3, 8, 8, 1)), np.arange(3), others, metrics)
+    assert table["rows"][-1][0] == "mCE" and "earlier" in table["rows"][-1][-1] and table["rows"][-2][0] == "all"
 
 
 @pytest.mark.slow
