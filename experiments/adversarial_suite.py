@@ -82,8 +82,8 @@ def check(config, dataset, images, labels) -> None:
 
 def run(config, predict, images, labels, metrics) -> dict:
     """Results of the few by attack's name, among them "fmn", the nearest images; accuracies go to `metrics`."""
-    right = masking.right(np.asarray(predict(images)), labels)
-    classes = predict(images[:1]).shape[-1]
+    logits = np.asarray(predict(images))
+    right, classes = masking.right(logits, labels), logits.shape[-1]
     key = streams.root(config.run.seed)
     found = {name: attacked(attack, named(key, name), predict, images, labels, threat_of(config))
              for name, attack in few(config, classes).items()}
