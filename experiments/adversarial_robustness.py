@@ -31,6 +31,7 @@ class Robustness:
         settings.setting("none", "train on images attacked at eps (pgd; fast: one noisy step), by TRADES, with weights "
                          "perturbed too (trades_awp), by MART, on bounds (ibp, crown_ibp), or under noise of deviation "
                          "eps (gaussian; the network is then judged under such noise, too)"))
+    defence_steps: int = settings.setting(10, "gradients that attack a batch in training, for pgd, trades and mart")
     growth: float = settings.setting(0.25, "share of training in which eps of ibp and crown_ibp grows from 0, after "
                                      "0.05 without bounds; 0: it is whole from the start")
     clean_weight: float = settings.setting(0.0, "weight of the clean loss beside that of the bounds, once eps is whole")
@@ -49,7 +50,7 @@ class Robustness:
             raise InputError(f"--eps={self.eps:g}: beyond the box, which is 1 wide; 8 grey levels are 0.0314")
         if self.attacked and self.attacked < 20:
             raise InputError(f"--attacked={self.attacked}: give at least 20, or 0 for all")
-        for name in ("steps", "noisy_copies"):
+        for name in ("steps", "noisy_copies", "defence_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name}={getattr(self, name)}: give at least 1")
         if not 0 <= self.growth <= 0.95:
@@ -81,11 +82,13 @@ def training_loss(model, config, dataset):
     from experiments import train
 
     wanted = config.robustness
-    threat = Threat(eps=wanted.eps, norm=wanted.norm)
+    threat, steps = Threat(eps=wanted.eps, norm=wanted.norm), wanted.defence_steps
     make = {"none": lambda: train.classifier_loss(model, config, dataset),
-            "pgd": lambda: defences.pgd_training(model, threat), "fast": lambda: defences.fast_training(model, threat),
-            "trades": lambda: defences.trades(model, threat), "mart": lambda: defences.mart(model, threat),
-            "trades_awp": lambda: defences.awp(defences.trades(model, threat), gamma=0.005),
+            "pgd": lambda: defences.pgd_training(model, threat, steps=steps),
+            "fast": lambda: defences.fast_training(model, threat),
+            "trades": lambda: defences.trades(model, threat, steps=steps),
+            "mart": lambda: defences.mart(model, threat, steps=steps),
+            "trades_awp": lambda: defences.awp(defences.trades(model, threat, steps=steps), gamma=0.005),
             "ibp": lambda: certified_training.ibp_loss(model, threat, **growing(config, dataset, "eps", "kappa")),
             "crown_ibp": lambda: certified_training.crown_ibp_loss(
                 model, threat, **growing(config, dataset, "eps", "kappa", "beta")),

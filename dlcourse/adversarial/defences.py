@@ -48,7 +48,8 @@ def pgd_training(model, threat: Threat, *, steps: int = 10, step_size: float | N
       model: under the Model contract.
       threat: of norm linf, l2 or l1.
       steps: gradients.
-      step_size: in pixels' units; default eps / 4, Madry et al.'s 2 of 8 grey levels.
+      step_size: in pixels' units; default 2.5 eps / steps, as in `gradient.pgd`: for 10 steps eps / 4, which is Madry
+        et al.'s 2 of 8 grey levels.
 
     Returns:
       A Loss whose `accuracy` is that on the attacked images.
@@ -222,7 +223,7 @@ def _near(key, images, threat):
 
 
 def _climb(objective, start, images, threat, steps, size):
-    size = over_pixels(jnp.asarray(threat.eps) / 4 if size is None else size, images)
+    size = over_pixels(2.5 * jnp.asarray(threat.eps) / steps if size is None else size, images)
 
     def step(x, _):
         slope = jax.grad(lambda x: objective(x).sum())(x)

@@ -173,6 +173,7 @@ def test_a_preset_takes_a_step_on_made_up_data_of_its_shape(preset):
 @pytest.mark.parametrize(("flag", "said"), [
     ("--eps=0", "--eps=0"), ("--eps=2", "beyond the box"), ("--attacked=5", "--attacked=5"), ("--steps=0", "--steps=0"),
     ("--growth=1", "--growth=1"), ("--clean_weight=2", "--clean_weight=2"), ("--noisy_copies=0", "--noisy_copies=0"),
+    ("--defence_steps=0", "--defence_steps=0"), ("--defence_steps=5", "no meaning for --defence=none"),
     ("--attacks=some", "some"),
     ("--growth=0.5", "no meaning for --defence=none"), ("--noisy_copies=5", "no meaning for --defence=none"),
     ("--mirror", "leave it out"), ("--train_for=0steps", "longer than nothing"), ("--norm=l7", "l7"),
