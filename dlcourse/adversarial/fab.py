@@ -12,7 +12,7 @@ from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.gradient import ascend
 from dlcourse.adversarial.objectives import picked
 from dlcourse.adversarial.projections import NORMS, onto_hyperplane
-from dlcourse.adversarial.threat import DUAL, AttackResult, Threat, example_keys, fooled, over_pixels, size
+from dlcourse.adversarial.threat import DUAL, AttackResult, Threat, example_keys, flat, fooled, over_pixels, size
 from dlcourse.contracts import InputError, Predict
 
 
@@ -127,7 +127,7 @@ def descend(predict: Predict, images, start, labels, threat: Threat, aim, target
     def step(carry):
         i, x, best, shortest = carry
         normals, excess = aim(x)
-        from_original = excess + (normals * (images - x)).reshape(len(x), -1).sum(-1)
+        from_original = excess + flat(normals * (images - x)).sum(-1)
         ways = onto_hyperplane(jnp.concatenate([x, images]), jnp.concatenate([normals, normals]),
                                jnp.concatenate([excess, from_original]), threat.norm, threat.low, threat.high)
         here, there = jnp.split(jnp.maximum(size(ways, threat.norm), 1e-8), 2)

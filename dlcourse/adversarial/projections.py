@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dlcourse.adversarial.threat import Threat, over_pixels
+from dlcourse.adversarial.threat import Threat, over_pixels, size
 
 NORMS = ("linf", "l2", "l1")
 
@@ -28,7 +28,7 @@ def onto_hyperplane(points: jax.Array, normals: jax.Array, excess: jax.Array, no
     Returns:
       (B,H,W,C) d.
     """
-    scale = jnp.maximum(jnp.abs(normals).reshape(len(normals), -1).max(-1), 1e-30)
+    scale = jnp.maximum(size(normals, "linf"), 1e-30)
     weights = normals / over_pixels(scale, normals)  # so that what counts as zero does not depend on the unit of w
     way = jnp.sign(weights) * over_pixels(jnp.where(excess >= 0, -1.0, 1.0), weights)
     rooms = jnp.where(way > 0, high - points, points - low)

@@ -111,21 +111,21 @@ def _search(keys, predict, images, labels, threat, targets, objective, queries, 
         return jnp.where(jnp.isfinite(values), values, -jnp.inf), fooled(logits, labels, targets)
 
     def step(carry):
-        i, x, best, spent, done = carry
+        i, proposed, x, best, spent, done = carry
+        value, hit = judged(proposed)
+        better = ~done & (hit | (value > best))
+        x, best = jnp.where(over_pixels(better, x), proposed, x), jnp.where(better, value, best)
         stage = sum((i > after).astype(jnp.int32) for after in HALVED_AFTER)
         side = jnp.asarray(sides)[stage]
         moves = jax.vmap(lambda key: drawn_move(key, i, side, images.shape[1:]))(keys) if draws is None else \
             jax.tree.map(lambda all_: all_[:, i], draws.moves)
+        # Drawn in the round before it is judged: a CPU would else draw it anew, slowly, while it pads the first layer.
         proposed = _proposal(x, images, moves, side, shapes[stage], threat)
-        value, hit = judged(proposed)
-        better = ~done & (hit | (value > best))
-        return (i + 1, jnp.where(over_pixels(better, x), proposed, x), jnp.where(better, value, best), spent + ~done,
-                done | hit)
+        return i + 1, proposed, x, best, spent + ~done, done | hit
 
-    x = jnp.where(over_pixels(done, images), images, _start(keys, images, threat, draws))
-    best, hit = judged(x)
-    first = (0, x, best, (~done).astype(jnp.int32), done | hit)
-    _, x, _, spent, _ = jax.lax.while_loop(lambda c: (c[0] < queries) & ~jnp.all(c[4]), step, first)
+    start = jnp.where(over_pixels(done, images), images, _start(keys, images, threat, draws))
+    first = (0, start, start, jnp.full(len(images), -jnp.inf), jnp.zeros(len(images), jnp.int32), done)
+    _, _, x, _, spent, _ = jax.lax.while_loop(lambda c: (c[0] <= queries) & ~jnp.all(c[5]), step, first)
     return x, spent
 
 

@@ -72,19 +72,26 @@ def _shifted_products(images, kernel, padding):
 
 
 def _patch_products(images, kernel, stride, padding):
-    """The same, k = q stride, as one matrix product of patches, each of q x q blocks of stride x stride pixels."""
+    """The same, k = q stride, as one product of patches: q rows of blocks high for one channel, else one row.
+
+    Each row of blocks is then multiplied by all q parts of the kernel, and what belongs together is added up: on a CPU
+    that costs less than copying the row q times into patches.
+    """
     k, _, channels, features = kernel.shape
     q = k // stride
+    tall = q if channels == 1 else 1
     height, width = ((size + 2 * padding - k) // stride + 1 for size in images.shape[1:3])
-    count, rows, columns = len(images), height + q - 1, width + q - 1
+    rows, columns, tops = height + q - 1, width + q - 1, height + q - tall
     ends = [(padding, needed * stride - size - padding, 0)
             for needed, size in zip((rows, columns), images.shape[1:3], strict=True)]
     blocks = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
-    blocks = blocks.reshape(count, rows, stride, columns, stride * channels).swapaxes(2, 3)
-    blocks = blocks.reshape(count, rows, columns, stride * stride * channels)
-    patches = [blocks[:, i : i + height, j : j + width] for i in range(q) for j in range(q)]
-    kernel = kernel.reshape(q, stride, q, stride * channels, features).swapaxes(1, 2)
-    return jnp.concatenate(patches, -1) @ kernel.reshape(-1, features)
+    blocks = blocks.reshape(len(images), rows, stride, columns, stride * channels)
+    patches = jnp.concatenate([blocks[:, i : i + tops, row, j : j + width]
+                               for i in range(tall) for row in range(stride) for j in range(q)], -1)
+    parts = kernel.reshape(q // tall, patches.shape[-1], features)
+    products = patches @ parts.swapaxes(0, 1).reshape(patches.shape[-1], -1)
+    products = products.reshape(*products.shape[:3], q // tall, features)
+    return sum(products[:, i : i + height, :, i] for i in range(q // tall))
 
 
 def _in_blocks(kernel, stride):
@@ -102,14 +109,13 @@ def _convolve_on_cpu(images, kernel, stride, padding, shifted):
 
     XLA brings convolutions into the layout that its quick kernels need, but not those within loops, where they run
     20 times slower. A gradient by the images that is in this layout from the start is as quick within loops as outside.
-    Where strides divide the kernel into blocks, gradients by the images are quicker still as products of patches, and
-    with one channel the convolution, too.
+    Where strides divide the kernel into blocks, products of patches are quicker still, both ways.
 
     Args:
       images, kernel, stride, padding: of `convolve`.
       shifted: whether the weight gradient is a sum of matrix products (stride 1).
     """
-    form = _patch_products if kernel.shape[2] == 1 and _in_blocks(kernel, stride) else _convolve
+    form = _patch_products if _in_blocks(kernel, stride) else _convolve
     return form(images, kernel, stride, padding)
 
 

@@ -39,10 +39,10 @@ def test_the_form_for_a_cpu_is_the_convolution_in_all_derivatives(kernel, stride
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_gradient_by_images_is_a_product_where_strides_divide_the_kernel(channels):
+def test_there_are_products_alone_where_strides_divide_the_kernel(channels):
     x, w = arrays((2, 8, 8, channels), (4, 4, channels, 4), dtype=np.float32)
     jaxpr = str(jax.make_jaxpr(jax.grad(lambda x: layers._convolve_on_cpu(x, w, 2, 1, False).sum()))(x))
-    assert jaxpr.count("conv_general_dilated[") == (channels > 1)  # the forward pass
+    assert "conv_general_dilated[" not in jaxpr and "dot_general[" in jaxpr
 
 
 def test_the_shifted_weight_gradient_has_no_convolution_over_the_kernel():
