@@ -109,6 +109,14 @@ def test_awp_moves_each_kernel_against_the_loss_by_its_share():
         assert layer["bias"] == 0
 
 
+@pytest.mark.parametrize(("steps", "of_eps"), [(10, 0.25), (4, 0.625)])
+def test_steps_cross_the_ball_however_many_they_are(steps, of_eps):
+    model, params, variables, batch = setting()
+    crafted = [defences.pgd_training(model, WITHIN, steps=steps, step_size=size).craft(params, variables, batch, KEY)
+               for size in (None, of_eps * WITHIN.eps)]
+    np.testing.assert_allclose(*crafted, atol=1e-6)
+
+
 def test_attacks_see_the_network_as_evaluated_and_training_updates_its_averages():
     model, params, variables, batch = setting("convnet,width=2,stages=1,depth=1")
     shifted = jax.tree.map(lambda leaf: leaf + 0.5, variables)

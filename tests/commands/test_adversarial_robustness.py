@@ -146,6 +146,19 @@ def test_every_defence_trains(defence, tmp_path):
     assert status(tmp_path, *SMALL, f"--defence={defence}", "--train_for=4steps", "--norm=l2", "--eps=0.5") == 0
 
 
+@pytest.mark.parametrize("defence", ["pgd", "trades", "trades_awp", "mart"])
+def test_a_defence_takes_the_steps_it_is_given(defence):
+    config, _ = parsing.parse(Config(), ["--dataset=fake:8x8x1,10", "--batch_size=4", "--model=plain,width=2",
+                                         f"--defence={defence}", "--defence_steps=3"])
+    dataset = train.load_data(config.data, 0)
+    model = train.build_model(config.model, dataset)
+    loss = adversarial_robustness.training_loss(model, config, dataset)
+    batch = {**dataset.splits["train"][range(4)], "mask": np.ones(4, bool)}
+    variables = model.init(jax.random.key(0), batch["image"])
+    looks = str(jax.make_jaxpr(loss)(variables["params"], {}, batch, jax.random.key(0)))
+    assert "length=3\n" in looks and "length=10\n" not in looks
+
+
 SHAPES = {"robust_fashion_mnist": "28x28x1,10", "robust_fashion_mnist_certified": "28x28x1,10",
           "robust_mnist": "28x28x1,10", "robust_cifar10": "32x32x3,10"}
 
