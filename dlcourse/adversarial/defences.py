@@ -17,7 +17,6 @@ from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.objectives import picked
 from dlcourse.adversarial.threat import Threat, example_keys, over_pixels
 from dlcourse.contracts import InputError, Loss, Predict
-from dlcourse.models.layers import platform
 from dlcourse.streams import stream
 from dlcourse.training.evaluation import predictor
 from dlcourse.training.losses import cross_entropy, targets, weighted_mean
@@ -229,9 +228,7 @@ def _climb(objective, start, images, threat, steps, size):
         slope = jax.grad(lambda x: objective(x).sum())(x)
         return threats.inside(x + size * threats.steepest(slope, threat.norm), images, threat), None
 
-    # On a CPU, convolutions in a loop of XLA's are some 20 times slower than outside of it.
-    reached, _ = jax.lax.scan(step, start, None, length=steps, unroll=platform() == "cpu")
-    return jax.lax.stop_gradient(reached)
+    return jax.lax.stop_gradient(jax.lax.scan(step, start, None, length=steps)[0])
 
 
 def _kl(clean, attacked):

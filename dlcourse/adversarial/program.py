@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dlcourse.contracts import InputError
+from dlcourse.models.layers import compiled_for
 
 MOVES = frozenset("broadcast_in_dim concatenate convert_element_type copy expand_dims pad reshape rev select_n slice "
                   "squeeze transpose".split())
@@ -88,7 +89,8 @@ def trace(predict, image) -> tuple[list[Equation | None], int]:
     """
     leaves, tree = jax.tree.flatten(predict)
     # The products that bound must be no less exact than those whose rounding is bounded.
-    with jax.default_matmul_precision("highest"):
+    # A convolution is one linear layer, as it is written for a GPU; a CPU's products of patches are many.
+    with jax.default_matmul_precision("highest"), compiled_for("gpu"):
         program = jax.make_jaxpr(lambda leaves, x: tree.unflatten(leaves)(x))(leaves, jnp.zeros((1, *image.shape)))
     equations: list[Equation | None] = [None]
     (logits,) = _follow(program.jaxpr, program.consts, [*leaves, Ref(0)], equations)
