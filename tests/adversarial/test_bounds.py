@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlcourse import models
-from dlcourse.adversarial import bounds, gradient, relaxation, threat
+from dlcourse.adversarial import bounds, gradient, program, relaxation, threat
 from dlcourse.adversarial.objectives import picked
 from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import InputError
@@ -261,3 +261,10 @@ def test_what_has_no_rule_is_named():
     half = predictor(models.create("mlp,width=12", CLASSES, SHAPE, "bfloat16"), predict.args[0])
     with pytest.raises(InputError, match="bfloat16"):
         bounds.ibp(half, images, labels, Threat(eps=0.1))
+
+
+def test_a_convolution_is_one_layer_whatever_form_it_runs_in():
+    model = models.create("plain,width=2", 10, (12, 12, 1))
+    predict = predictor(model, model.init(jax.random.key(0), jnp.zeros((1, 12, 12, 1))))
+    names = [equation.name for equation in program.trace(predict, jnp.zeros((12, 12, 1)))[0][1:]]
+    assert names.count("conv_general_dilated") == 2 and "concatenate" not in names
