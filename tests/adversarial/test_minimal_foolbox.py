@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from dlcourse.adversarial import minimal
+from dlcourse.adversarial import gradient, minimal
 from dlcourse.adversarial.carlini_wagner import carlini_wagner
 from dlcourse.adversarial.ddn import ddn
 from dlcourse.adversarial.deepfool import deepfool
@@ -29,6 +29,18 @@ def network():
     model = cases.model()
     like = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     return predictor(model, ravel_pytree(like)[1](GOLDEN["weights"]))
+
+
+@pytest.mark.parametrize("case", cases.PGD)
+def test_pgd_fools_whom_it_fools_there(case):
+    """Step by step the same, but for one image at most that rounding decides."""
+    norm, eps, targeted = cases.PGD[case]
+    images, labels = map(jnp.asarray, cases.digits(cases.ATTACKED))
+    targets = cases.targets(labels) if targeted else None
+    found = gradient.pgd(jax.random.key(0), network(), images, labels, Threat(norm=norm, eps=eps), targets=targets,
+                         steps=cases.PGD_STEPS, step_size=eps / 5, random_start=False, early_stop=False)
+    assert 0.2 < GOLDEN[case].mean() < 0.9
+    assert (np.asarray(found.success) != GOLDEN[case]).sum() <= 1
 
 
 @pytest.mark.parametrize("case", cases.CASES)

@@ -27,6 +27,10 @@ CASES = {
     "ead L1 targeted": ("ead", "l1", {**SHORT, "rule": "L1", "beta": 1e-2}, True),
 }
 """Name: (attack, norm, options, targeted)."""
+PGD = {"pgd linf": ("linf", 0.06, False), "pgd l2": ("l2", 0.3, False), "pgd linf targeted": ("linf", 0.15, True),
+       "pgd l2 targeted": ("l2", 0.7, True)}
+"""Name: (norm, eps, targeted), of PGD with PGD_STEPS steps of eps / 5 from the image itself."""
+PGD_STEPS = 20
 
 
 def model():
