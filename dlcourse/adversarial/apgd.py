@@ -47,7 +47,7 @@ def apgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None,
     Raises:
       InputError: for a norm or an objective that it has not, or for too few classes.
     """
-    _check(predict, images, threat, objective, targets is not None)
+    objectives.check(predict, images, threat, NORMS, objective, targets)
     measure = objectives.OBJECTIVES[objective]
     return _tries(key, predict, images, labels, threat, lambda number: targets, restarts, steps, measure, measure,
                   targets)
@@ -64,7 +64,7 @@ def apgd_t(key, predict: Predict, images, labels, threat: Threat, *, targets=Non
     """
     if targets is not None:
         raise InputError("apgd_t aims at classes of its own: for given targets take apgd")
-    known = _check(predict, images, threat, objective, True)
+    known = objectives.check(predict, images, threat, NORMS, objective, targets=labels)
     if not 0 < classes < known:
         raise InputError(f"classes={classes} to aim at: a network of {known} classes has 1 to {known - 1} wrong ones")
     ranking = wrong_classes(predict(images), labels)
@@ -75,20 +75,6 @@ def apgd_t(key, predict: Predict, images, labels, threat: Threat, *, targets=Non
 def wrong_classes(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """(B,K-1) int32: all classes but the label, the most probable first."""
     return jnp.argsort(-objectives.others(logits, labels), axis=-1)[:, :-1].astype(jnp.int32)
-
-
-def _check(predict, images, threat, objective, targeted):
-    """The number of classes; facts that are known while tracing."""
-    if threat.norm not in NORMS:
-        raise InputError(f"norm {threat.norm!r}: APGD has {', '.join(NORMS)}")
-    if objective not in objectives.OBJECTIVES:
-        raise InputError(f"objective {objective!r}: there are {', '.join(objectives.OBJECTIVES)}")
-    classes = jax.eval_shape(predict, images).shape[-1]
-    least = objectives.LEAST_CLASSES[objective] + (objective == "dlr" and targeted)
-    if classes < least:
-        raise InputError(f"{classes} classes: {objective}{' with targets' * targeted} needs at least {least}; "
-                         "take cross_entropy")
-    return classes
 
 
 def _tries(key, predict, images, labels, threat, aims, count, steps, measure, judge, targets):

@@ -191,6 +191,8 @@ def _measure(predict, result, originals, labels, threat, targets, correct, corre
     decided = ~(ordered[:, -1] - ordered[:, -2] <= 1e-5 * np.abs(values).max(-1))
     success = within & hit
     claimed = success if smallest else finite & hit  # those count beyond eps as failures themselves
+    if smallest:  # at eps itself rounding decides what they count
+        decided &= ~(np.abs(size - eps) <= slack)
     excess = np.where(finite, np.maximum(size - eps, 0) / np.maximum(slack, 1e-300), 0)
     lost = float((success & ~hit_grey).sum() / max(success.sum(), 1))
     return {

@@ -13,7 +13,7 @@ from dlcourse.adversarial import objectives
 from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.eot import Expectation
 from dlcourse.adversarial.projections import inside_l1
-from dlcourse.adversarial.threat import AttackResult, Threat, example_keys
+from dlcourse.adversarial.threat import AttackResult, Threat, checked, example_keys
 from dlcourse.contracts import InputError, Predict
 from dlcourse.streams import stream
 
@@ -53,7 +53,8 @@ def autoattack(key, predict: Predict, images, labels, threat: Threat, *, targets
       batch_size: examples at a time.
 
     Raises:
-      InputError: for another version or norm, given targets, fewer than 4 classes, or `rand` without an Expectation.
+      InputError: for another version or norm, given targets, fewer than 4 classes (`rand`: 3), `rand` without an
+        Expectation, or what `threat.checked` refuses.
     """
     for _, found in autoattack_stages(key, predict, images, labels, threat, targets=targets, version=version,  # noqa: B007
                                       batch_size=batch_size):
@@ -70,6 +71,7 @@ def autoattack_stages(key, predict: Predict, images, labels, threat: Threat, *, 
     """
     classes = jax.eval_shape(predict, jnp.asarray(images[:1])).shape[-1]
     _check(predict, threat, targets, version, classes)
+    checked(threat, images, labels)
     count = len(images)
     images, labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
     eps = np.broadcast_to(np.asarray(threat.eps, np.float32), count)

@@ -97,7 +97,7 @@ def _certified(model, threat, eps, kappa, beta):
             def mixed(worst):
                 return share * bounds.crown(*args, intermediate="ibp", sound=False) + (1 - share) * worst
 
-            worst = jax.lax.cond((share > 0) & (within.eps > 0), mixed, lambda worst: worst, worst)
+            worst = jax.lax.cond((share > 0) & jnp.any(within.eps > 0), mixed, lambda worst: worst, worst)
         share = now(kappa)
         value = share * plain + (1 - share) * weighted_mean(objectives.cross_entropy(-worst, batch["label"]), batch)
         sure = bounds.certified(worst, batch["label"]).astype(jnp.float32)

@@ -6,8 +6,9 @@ network is trained on them as it is trained. Those that train for certificates a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from dlcourse.training.evaluation import predictor
 from dlcourse.training.losses import cross_entropy, targets, weighted_mean
 
 
-class AdversarialLoss(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class AdversarialLoss:
     """A Loss in two parts, so that `awp` may come between.
 
     Attributes:

@@ -13,6 +13,8 @@ from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, inside, over_pixels, steepest
 from dlcourse.contracts import Predict
 
+NORMS = ("linf", "l2", "l1")
+
 
 def estimate(keys, value: Callable, images, reach, *, pairs: int, signs: bool, chunk: int = 16):
     """The mean over `pairs` draws v of (f(x + r v) - f(x - r v)) / 2r v, (B,H,W,C); unbiased where f is quadratic.
@@ -40,7 +42,8 @@ def estimate(keys, value: Callable, images, reach, *, pairs: int, signs: bool, c
         drawn = jax.vmap(lambda k: draw(jax.random.fold_in(k, number), shape, images.dtype), out_axes=1)(keys)
         step = reach.reshape((1,) * drawn.ndim) * drawn
         slope = (jax.vmap(value)(images[None] + step) - jax.vmap(value)(images[None] - step)) / (2 * reach)
-        slope *= (number * chunk + jnp.arange(chunk) < pairs)[:, None]
+        # What is not finite says nothing of where to go.
+        slope = jnp.where((number * chunk + jnp.arange(chunk) < pairs)[:, None] & jnp.isfinite(slope), slope, 0.0)
         found = jnp.einsum("mb,mb...->b...", slope, drawn, precision=jax.lax.Precision.HIGHEST)
         return number + 1, total + found
 
@@ -49,6 +52,7 @@ def estimate(keys, value: Callable, images, reach, *, pairs: int, signs: bool, c
 
 def _estimated_pgd(key, predict, images, labels, threat, targets, steps, step_size, pairs, reach, signs, objective,
                    chunk):
+    objectives.check(predict, images, threat, NORMS, objective, targets)
     measure = objectives.OBJECTIVES[objective]
     keys = example_keys(key, len(images))
     size = 2.5 * jnp.asarray(threat.eps) / steps if step_size is None else jnp.asarray(step_size)
@@ -60,8 +64,6 @@ def _estimated_pgd(key, predict, images, labels, threat, targets, steps, step_si
         i, x, queries, done = carry
         own = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
         gradient = estimate(own, value, x, reach, pairs=pairs, signs=signs, chunk=chunk)
-        # What is not finite says nothing of where to go.
-        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
         moved = inside(x + over_pixels(size, x) * steepest(gradient, threat.norm), images, threat)
         x = jnp.where(over_pixels(done, x), x, moved)
         return i + 1, x, queries + jnp.where(done, 0, 2 * pairs + 1), done | fooled(predict(x), labels, targets)
@@ -93,6 +95,9 @@ def spsa(key, predict: Predict, images, labels, threat: Threat, *, targets=None,
       reach: from the image to the points of a pair, in each pixel.
       objective: of objectives.OBJECTIVES.
       chunk: pairs that are predicted together.
+
+    Raises:
+      InputError: for a norm or an objective that it has not, or for too few classes.
     """
     return _estimated_pgd(key, predict, images, labels, threat, targets, steps, step_size, pairs, reach, True,
                           objective, chunk)

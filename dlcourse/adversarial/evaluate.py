@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlcourse.adversarial.threat import AttackResult, Threat
+from dlcourse.adversarial.threat import AttackResult, Threat, checked
 from dlcourse.contracts import Predict
 from dlcourse.streams import stream
 
@@ -29,15 +29,19 @@ def attacked(attack: Callable[..., AttackResult], key: jax.Array, predict: Predi
       threat: its eps scalar or (N,).
       targets: (N,) or None.
       batch_size: at most.
+
+    Raises:
+      InputError: for what `threat.checked` refuses.
     """
-    n = len(images)
+    checked(threat, images, labels, targets=targets)
+    images, labels, n = jnp.asarray(images), jnp.asarray(labels), len(images)
     size = min(batch_size, n)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
     eps, parts = jnp.broadcast_to(jnp.asarray(threat.eps, jnp.float32), (n,)), []
     for low in range(0, n, size):
         rows = np.minimum(np.arange(low, low + size), n - 1)
         wanted = None if targets is None else jnp.asarray(targets)[rows]
-        found = attack(keys[rows], predict, jnp.asarray(images)[rows], jnp.asarray(labels)[rows],
+        found = attack(keys[rows], predict, images[rows], labels[rows],
                        threat.replace(eps=eps[rows]), targets=wanted)
         real = slice(min(size, n - low))
         parts.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[real], found))

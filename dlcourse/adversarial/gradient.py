@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from dlcourse.adversarial import objectives
 from dlcourse.adversarial import threat as threats
 from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, inside, over_pixels, steepest
-from dlcourse.contracts import Predict
+from dlcourse.contracts import InputError, Predict
 
+NORMS = ("linf", "l2", "l1")
+KINDS = ("uniform", "gaussian", "sign")
 
 def ascend(predict: Predict, images, labels, targets, objective):
     """The gradient of the objective by the images, (B,H,W,C), the logits and the objective, from one pass each way.
@@ -44,6 +46,9 @@ def fgsm(key, predict: Predict, images, labels, threat: Threat, *, targets=None,
       threat: of norm linf, l2 or l1.
       targets: (B,) classes to be taken for, or None.
       objective: of objectives.OBJECTIVES.
+
+    Raises:
+      InputError: for a norm or an objective that it has not, or for too few classes.
     """
     return n_fgsm(key, predict, images, labels, threat, targets=targets, objective=objective, noise=0.0, step=1.0,
                   clip=True)
@@ -52,7 +57,7 @@ def fgsm(key, predict: Predict, images, labels, threat: Threat, *, targets=None,
 @functools.partial(jax.jit, static_argnames=("objective", "clip"))
 def n_fgsm(key, predict: Predict, images, labels, threat: Threat, *, targets=None, objective: str = "cross_entropy",
            noise: float = 2.0, step: float = 1.0, clip: bool = True) -> AttackResult:
-    """One step from a noisy image: x + d + step eps sign(grad L(x + d)), d uniform of size noise eps.
+    """One step from a noisy image: x + d + step eps sign(grad L(x + d)), d uniform of size noise eps, x + d in the box.
 
     de Jorge et al. 2022: noise 2, step 1, and in training no projection (`clip` false); as an attack on a threat the
     result must be projected. Wong et al. 2020 (Fast-AT): noise 1, step 1.25, projected.
@@ -62,10 +67,12 @@ def n_fgsm(key, predict: Predict, images, labels, threat: Threat, *, targets=Non
       noise, step: in units of eps.
       clip: project onto the threat; else onto the box alone.
     """
+    objectives.check(predict, images, threat, NORMS, objective, targets)
     measure = objectives.OBJECTIVES[objective]
     keys = example_keys(key, len(images))
     # Without noise nothing is added, not even the rounding of a projection.
     start = images + over_pixels(noise * jnp.asarray(threat.eps), images) * _unit_noise(keys, images, threat)
+    start = jnp.clip(start, threat.low, threat.high)  # as the authors' code does
     gradient, *_ = ascend(predict, start, labels, targets, measure)
     moved = start + over_pixels(step * jnp.asarray(threat.eps), images) * steepest(gradient, threat.norm)
     moved = inside(moved, images, threat) if clip else jnp.clip(moved, threat.low, threat.high)
@@ -96,6 +103,7 @@ def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
       random_start: else the one start is the image itself.
       early_stop: be content with any image that fools the network.
     """
+    objectives.check(predict, images, threat, NORMS, objective, targets)
     measure = objectives.OBJECTIVES[objective]
     keys = example_keys(key, len(images))
     start = threats.unchanged(predict, images, labels, threat, measure, targets)
@@ -104,9 +112,9 @@ def pgd(key, predict: Predict, images, labels, threat: Threat, *, targets=None, 
     def step(carry):
         i, x, queries, done = carry
         gradient, logits, _ = ascend(predict, x, labels, targets, measure)
-        done = done | early_stop & fooled(logits, labels, targets)
+        queries, done = queries + ~done, done | early_stop & fooled(logits, labels, targets)
         moved = inside(x + over_pixels(size, x) * steepest(gradient, threat.norm), images, threat)
-        return i + 1, jnp.where(over_pixels(done, x), x, moved), queries + ~done, done
+        return i + 1, jnp.where(over_pixels(done, x), x, moved), queries, done
 
     def restart(carry):
         number, kept = carry
@@ -132,9 +140,15 @@ def noise(key, predict: Predict, images, labels, threat: Threat, *, targets=None
     Args: as of `fgsm`, and
       key: (), or (B,) keys.
       draws: tried one after another.
-      kind: "uniform", a point of the ball as `random_start` draws it; "sign", for linf a random corner of it; for l2
-        and l1 a random direction of full length, before the box.
+      kind: of KINDS. "uniform", a point of the ball as `random_start` draws it; "gaussian", normal numbers, and "sign",
+        random signs, scaled to the size eps before the box.
+
+    Raises:
+      InputError: for a norm or a kind that it has not.
     """
+    objectives.check(predict, images, threat, NORMS, "margin", targets)
+    if kind not in KINDS:
+        raise InputError(f"kind {kind!r}: there are {', '.join(KINDS)}")
     keys = example_keys(key, len(images))
     start = threats.unchanged(predict, images, labels, threat, objectives.margin, targets)
 
@@ -143,8 +157,8 @@ def noise(key, predict: Predict, images, labels, threat: Threat, *, targets=None
         if kind == "uniform":
             return threats.random_start(own, images, threat)
         random = jax.vmap(lambda k, x: jax.random.normal(k, x.shape, x.dtype))(own, images)
-        length = over_pixels(threats.size(random, threat.norm), random)
-        unit = jnp.sign(random) if threat.norm == "linf" else random / length
+        random = jnp.sign(random) if kind == "sign" else random
+        unit = random / over_pixels(threats.size(random, threat.norm), random)
         return inside(images + over_pixels(threat.eps, images) * unit, images, threat)
 
     def body(carry):

@@ -68,7 +68,7 @@ def distances(found: AttackResult) -> jax.Array:
 
     What they have found beyond eps counts too, so that medians need no threat; its margin, the loss, is above 0.
     """
-    return jnp.where(found.success | (found.loss > 0), found.norm, jnp.inf)
+    return jnp.where(found.success | (found.loss > 0) & jnp.isfinite(found.loss), found.norm, jnp.inf)
 
 
 def cosine(first, last, i, steps: int):

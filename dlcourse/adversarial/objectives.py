@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dlcourse.contracts import InputError
+
 
 def cross_entropy(logits, labels, targets=None):
     """-log p(label), or log p(target)."""
@@ -49,3 +51,23 @@ def others(logits, classes):
 
 OBJECTIVES = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
 LEAST_CLASSES = {"cross_entropy": 2, "margin": 2, "dlr": 3}
+
+
+def check(predict, images, threat, norms, objective: str, targets=None) -> int:
+    """The number of classes K of a network that an attack may climb on.
+
+    Looks at what is known while tracing alone.
+
+    Raises:
+      InputError: a norm that the attack has not, an unknown objective, or too few classes for it.
+    """
+    if threat.norm not in norms:
+        raise InputError(f"norm {threat.norm!r}: this attack has {', '.join(norms)}")
+    if objective not in OBJECTIVES:
+        raise InputError(f"objective {objective!r}: there are {', '.join(OBJECTIVES)}")
+    classes = jax.eval_shape(predict, images).shape[-1]
+    least = LEAST_CLASSES[objective] + (objective == "dlr" and targets is not None)
+    if classes < least:
+        raise InputError(f"{classes} classes: {objective}{' with targets' * (targets is not None)} needs at least "
+                         f"{least}; take cross_entropy")
+    return classes

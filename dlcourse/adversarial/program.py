@@ -122,13 +122,17 @@ def _follow(jaxpr, consts, arguments, equations):
 
 def _called(equation):
     """The program that an equation only calls: jit, custom derivatives, rematerialisation; else None."""
-    if equation.primitive.name in ("scan", "while", "cond"):
+    if equation.primitive.name not in CALLS:  # loops and reductions have programs, too
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = equation.params.get(name)
         if inner is not None:
             return inner if hasattr(inner, "consts") else _Closed(inner, ())
     return None
+
+
+CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
+         "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
 class _Closed(NamedTuple):
@@ -146,7 +150,7 @@ def _append(equation, operands, equations):
     fault = ""
     if name not in AFFINE | MAXIMA or len(equation.outvars) > 1:
         fault = "there is no rule for it"
-    elif name in ("conv_general_dilated", "dot_general", "mul") and sum(depends) > 1:
+    elif name in ("conv_general_dilated", "dot_general", "mul", "div") and sum(depends) > 1:
         fault = "both operands depend on the image"
     elif depends != [True, *depends[1:]] and name in ("conv_general_dilated", "div"):
         fault = "the second operand depends on the image"

@@ -9,6 +9,8 @@ never compile again. What happens to an example depends on its own key alone, no
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -75,9 +77,9 @@ def checked(threat: Threat, images, labels=None, *, norms=NORMS, targets=None, c
         raise InputError(f"norm {threat.norm!r}: this attack has {', '.join(norms)}")
     if not float(jnp.min(jnp.asarray(threat.eps))) > 0:
         raise InputError(f"eps={float(jnp.min(jnp.asarray(threat.eps))):g}: must be greater than 0")
-    if threat.norm == "linf" and float(jnp.max(jnp.asarray(threat.eps))) > float(threat.high) - float(threat.low):
-        raise InputError(f"eps={float(jnp.max(jnp.asarray(threat.eps))):g}: beyond the box, which is "
-                         f"{float(threat.high) - float(threat.low):g} wide")
+    eps, across = float(jnp.max(jnp.asarray(threat.eps))), width(threat, images.shape[1:])
+    if eps > across * (1 + 1e-6):
+        raise InputError(f"eps={eps:g}: beyond the box, which is {across:g} wide in {threat.norm}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"images are {images.dtype}: attacks take floats in [{threat.low:g}, {threat.high:g}]; "
                          "divide bytes by 255")
@@ -88,6 +90,12 @@ def checked(threat: Threat, images, labels=None, *, norms=NORMS, targets=None, c
         raise InputError(f"{classes} classes: this attack needs at least {least}")
     if targets is not None and labels is not None and bool(jnp.any(targets == labels)):
         raise InputError("a target is its image's own label: give other classes")
+
+
+def width(threat: Threat, shape: tuple[int, int, int]) -> float:
+    """The largest |x' - x| of two images of a shape (H,W,C) in the box."""
+    side, values = float(threat.high) - float(threat.low), math.prod(shape)
+    return {"linf": side, "l2": side * values**0.5, "l1": side * values, "l0": float(values // shape[-1])}[threat.norm]
 
 
 def example_keys(key: jax.Array, count: int) -> jax.Array:
@@ -141,7 +149,7 @@ def project(change: jax.Array, norm: str, eps) -> jax.Array:
         return (jnp.sign(flat) * jnp.maximum(jnp.abs(flat) - cut, 0.0)).reshape(change.shape)
     pixels = jnp.square(change).sum(-1).reshape(len(change), -1)
     rank = jnp.argsort(jnp.argsort(-pixels, axis=-1), axis=-1)
-    kept = (rank < eps[:, None]).reshape(*change.shape[:-1], 1)
+    kept = (rank + 1 <= eps[:, None]).reshape(*change.shape[:-1], 1)
     return jnp.where(kept, change, 0.0)
 
 
@@ -157,11 +165,14 @@ def inside(images: jax.Array, originals: jax.Array, threat: Threat) -> jax.Array
 def steepest(gradient: jax.Array, norm: str) -> jax.Array:
     """argmax of <gradient, d> over |d|_norm <= 1, (B,H,W,C): its sign for linf, its direction for l2.
 
-    For l1 the one coordinate where the gradient is largest. Zero where the gradient is.
+    For l1 the one coordinate where the gradient is largest. Zero where the gradient is, or is not finite.
     """
+    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
     if norm == "linf":
         return jnp.sign(gradient)
     if norm == "l2":
+        largest = over_pixels(size(gradient, "linf"), gradient)  # else squares of small gradients would vanish
+        gradient = gradient / jnp.where(largest > 0, largest, 1.0)
         return gradient / over_pixels(jnp.maximum(size(gradient, "l2"), 1e-12), gradient)
     flat = gradient.reshape(len(gradient), -1)
     best = jnp.abs(flat).argmax(-1)

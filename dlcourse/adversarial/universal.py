@@ -33,7 +33,7 @@ def universal(key, predict: Predict, images, labels, threat: Threat, *, targets=
       epochs: passes over the images.
       batch_size: B, at most N; the last batch of an epoch may be smaller.
       step_size: in pixels' units; default eps / 10.
-      cap: beta of Shafahi et al., in nats.
+      cap: beta of Shafahi et al., in nats; with targets, where L = log p(target) is below 0, it does nothing.
 
     Returns:
       The perturbation, (H,W,C).

@@ -215,7 +215,7 @@ def _prepare(path: Path, experiment: str, config: dict, flags: list[str], overwr
     """Leaves `path` as a folder of exactly this run, or raises InputError."""
     for leftover in (*path.glob(".*.tmp"), *path.glob("figures/.*.tmp")):
         leftover.unlink()
-    earlier = _read_config(path)
+    earlier = read_config(path)
     others = [entry for entry in path.iterdir() if entry.name != files.LOCK]
     if earlier is None and others:
         raise InputError(f"--workdir={path} holds {others[0].name} but no run; name a new or an empty folder")
@@ -234,7 +234,8 @@ def _prepare(path: Path, experiment: str, config: dict, flags: list[str], overwr
     files.write_atomically(path / "config.json", files.to_json({"experiment": experiment, "config": config}, 1) + "\n")
 
 
-def _read_config(path: Path) -> dict | None:
+def read_config(path: Path) -> dict | None:
+    """The `experiment` and the `config` of the run in a folder, or None where there is none."""
     try:
         content = json.loads((path / "config.json").read_bytes())
         return content if {"experiment", "config"} <= content.keys() else None

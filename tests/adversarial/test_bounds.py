@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dlcourse import models
 from dlcourse.adversarial import bounds, gradient, program, relaxation, threat
@@ -249,8 +250,17 @@ def test_what_has_no_rule_is_named():
         flat = images.reshape(len(images), -1)
         return (flat * flat) @ weights
 
+    def divided(weights, images):
+        flat = images.reshape(len(images), -1)
+        return nn.relu(flat / flat.max(-1, keepdims=True)) @ weights
+
+    def pooled(weights, images):  # the start is no constant to JAX, so that this is a reduction by any function
+        pools = jax.lax.reduce_window(images, jnp.float32(0) * weights[0, 0], jax.lax.max, (1, 3, 3, 1), (1, 1, 1, 1),
+                                      "SAME")
+        return pools.reshape(len(images), -1) @ weights
+
     weights = jnp.ones((36, CLASSES))
-    for function, name in ((curved, "tanh"), (squared, "mul")):
+    for function, name in ((curved, "tanh"), (squared, "mul"), (divided, "div"), (pooled, "reduce_window")):
         with pytest.raises(InputError, match=name):
             bounds.ibp(jax.tree_util.Partial(function, weights), images, labels, Threat(eps=0.1))
     predict, *_ = network("mlp,width=12")

@@ -1,5 +1,6 @@
 """Defences reduce to what they must where their weights vanish, and do what they are for."""
 
+import dataclasses
 import functools
 
 import jax
@@ -100,7 +101,7 @@ def test_awp_moves_each_kernel_against_the_loss_by_its_share():
         seen.append(params)
         return loss.judge(params, *rest)
 
-    value, _ = defences.awp(loss._replace(judge=recording)).judge(params, variables, batch, attacked, KEY)
+    value, _ = defences.awp(dataclasses.replace(loss, judge=recording)).judge(params, variables, batch, attacked, KEY)
     assert value > loss.judge(params, variables, batch, attacked, KEY)[0]
     moved = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-9)),
                          seen[-1], params)

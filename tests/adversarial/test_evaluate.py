@@ -5,10 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dlcourse.adversarial import gradient
 from dlcourse.adversarial.evaluate import attacked, named
 from dlcourse.adversarial.threat import Threat
+from dlcourse.contracts import InputError
 from dlcourse.streams import root
 from tests.adversarial import linear
 
@@ -24,6 +26,15 @@ def test_batches_do_not_matter():
     parts = attacked(attack, KEY, predict, images, labels, Threat(eps=eps), targets=(labels + 1) % 3, batch_size=4)
     assert len(parts.images) == 10 and isinstance(parts.images, np.ndarray)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
+
+
+def test_what_no_attack_can_work_with_is_refused():
+    predict, *_ = linear.network()
+    images, labels = linear.examples(4)
+    with pytest.raises(InputError, match="own label"):
+        attacked(gradient.fgsm, KEY, predict, images, labels, Threat(eps=0.1), targets=labels)
+    with pytest.raises(InputError, match="divide bytes"):
+        attacked(gradient.fgsm, KEY, predict, np.asarray(255 * images, np.uint8), labels, Threat(eps=0.1))
 
 
 def test_attacks_draw_apart():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlcourse import models
-from dlcourse.adversarial import gradient, objectives, threat
+from dlcourse.adversarial import estimated, gradient, objectives, threat
 from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import InputError
 from dlcourse.training import evaluation
@@ -105,7 +105,7 @@ def test_logits_that_are_not_finite_are_a_failure(convnet):
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
 def test_a_projection_is_within_and_the_nearest(norm):
     change = jax.random.normal(jax.random.key(3), (20, 3, 4, 2))
-    eps = {"linf": 0.5, "l2": 1.0, "l1": 2.0, "l0": 4.0}[norm]
+    eps = {"linf": 0.5, "l2": 1.0, "l1": 2.0, "l0": 4.5}[norm]
     near = threat.project(change, norm, eps)
     assert float(threat.size(near, norm).max()) <= eps * (1 + 1e-6)
     np.testing.assert_allclose(threat.project(near, norm, eps), near, atol=1e-6)
@@ -145,6 +145,63 @@ def test_what_no_attack_can_work_with_is_one_line(change, said):
     images, labels = linear.examples(4)
     with pytest.raises(InputError, match=said):
         threat.checked(Threat(**{"eps": 0.1, **change}), images, norms=("linf", "l2"))
+
+
+@pytest.mark.parametrize(("norm", "eps", "shape"), [
+    ("linf", 1.0, (2, 2, 1)), ("l2", 2.0, (2, 2, 1)), ("l1", 12.0, (2, 2, 3)), ("l0", 4.0, (2, 2, 3))])
+def test_a_threat_reaches_across_the_box_and_no_farther(norm, eps, shape):
+    images = jnp.zeros((2, *shape))
+    threat.checked(Threat(eps=eps, norm=norm), images)
+    with pytest.raises(InputError, match=f"{eps:g} wide in {norm}"):
+        threat.checked(Threat(eps=1.01 * eps, norm=norm), images)
+
+
+@pytest.mark.parametrize("attack", [gradient.fgsm, gradient.n_fgsm, gradient.pgd, gradient.noise, estimated.spsa,
+                                    estimated.nes])
+def test_a_norm_that_an_attack_has_not_is_refused(attack):
+    predict, *_ = linear.network()
+    with pytest.raises(InputError, match="norm 'l0': this attack has linf, l2, l1"):
+        attack(KEY, predict, *linear.examples(4), Threat(eps=2.0, norm="l0"))
+
+
+@pytest.mark.parametrize("attack", [gradient.fgsm, gradient.n_fgsm, gradient.pgd, estimated.spsa, estimated.nes])
+def test_an_objective_that_there_is_not_is_refused(attack):
+    predict, *_ = linear.network()
+    two = jax.tree_util.Partial(lambda weights, x: jnp.stack([x.sum((1, 2, 3)), 1 - x.sum((1, 2, 3))], 1), 0)
+    with pytest.raises(InputError, match="objective 'luck'"):
+        attack(KEY, predict, *linear.examples(4), Threat(eps=0.1), objective="luck")
+    with pytest.raises(InputError, match="2 classes: dlr needs at least 3"):
+        attack(KEY, two, *linear.examples(4), Threat(eps=0.1), objective="dlr")
+
+
+@pytest.mark.parametrize("kind", gradient.KINDS)
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_noise_is_as_large_as_said(kind, norm):
+    predict, *_ = linear.network()
+    found = gradient.noise(KEY, predict, *linear.examples(), Threat(eps=0.3, norm=norm), kind=kind)
+    sizes = found.norm[found.norm > 0]
+    assert float(sizes.max()) <= 0.3 * (1 + 1e-6) and float(sizes.min()) >= (0.2 if kind == "uniform" else 0.3 - 1e-6)
+    if kind == "sign":
+        moved = jnp.abs(found.images - linear.examples()[0])[found.norm > 0]
+        np.testing.assert_allclose(moved, jnp.broadcast_to(moved[0, 0, 0, 0], moved.shape), rtol=1e-4)
+    with pytest.raises(InputError, match="kind 'loud'"):
+        gradient.noise(KEY, predict, *linear.examples(), Threat(eps=0.3, norm=norm), kind="loud")
+
+
+def test_the_noise_before_a_step_stays_in_the_box():
+    """At black pixels whose gradient points up a step ends at eps at least, from wherever in the box it began."""
+    predict = jax.tree_util.Partial(lambda weights, x: jnp.stack([-x.sum((1, 2, 3)), x.sum((1, 2, 3))], 1), 0)
+    images = jnp.zeros((5, 4, 4, 1))
+    found = gradient.n_fgsm(KEY, predict, images, jnp.zeros(5, jnp.int32), Threat(eps=0.1), clip=False)
+    assert float(found.images.min()) >= 0.1 and float(found.images.max()) > 0.15
+
+
+def test_small_gradients_have_a_direction_and_broken_ones_none():
+    slope = jnp.array([3e-25, -4e-25, jnp.nan]).reshape(1, 1, 3, 1)
+    np.testing.assert_allclose(threat.steepest(slope, "l2").ravel(), [0.6, -0.8, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(threat.steepest(slope, "linf").ravel(), [1, -1, 0])
+    np.testing.assert_array_equal(threat.steepest(slope, "l1").ravel(), [0, -1, 0])
+    np.testing.assert_array_equal(threat.steepest(jnp.zeros((1, 2, 2, 1)), "l2"), jnp.zeros((1, 2, 2, 1)))
 
 
 def test_targets_and_classes_are_checked():
