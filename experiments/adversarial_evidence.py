@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlcourse import streams
-from dlcourse.adversarial import bounds, defences, gradient, masking, minimal, smoothing
+from dlcourse.adversarial import defences, gradient, masking, minimal
 from dlcourse.adversarial.audit import audit
+from dlcourse.adversarial.autoattack import STANDARD
 from dlcourse.adversarial.evaluate import attacked, named
 from dlcourse.adversarial.threat import Threat
 from dlcourse.contracts import Claim, Evidence, InputError
@@ -22,20 +23,28 @@ from dlcourse.reporting import attacks as drawings
 from dlcourse.reporting import files
 from dlcourse.reporting.run import read_result
 from dlcourse.training import intervals
-from experiments.adversarial_suite import DRAWS, NOISE, few, scores, threat_of, worst
+from experiments import adversarial_certificates as certificates
+from experiments.adversarial_suite import (
+    AFTER,
+    BLACK,
+    DRAWS,
+    NOISE,
+    SMALLEST,
+    few,
+    only,
+    tabled,
+    threat_of,
+    worst,
+)
 
 SECTION = "Limit 2"
-CERTIFIED = 50
-"""Images that are certified at a time: bounds take far more memory than images."""
+NEAREST = "fmn"
+"""The attack of every network that looks for the smallest change beyond eps, too."""
 SIZES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the curves, in units of eps."""
 GREY_LEVELS = 255
 UNSEEN = 8
 """Grey levels that the field takes to be invisible (8/255, Madry et al. 2018 on CIFAR-10)."""
-WHOLE = "certified (all)"
-CERTIFIED_AT = "smoothed/certified_at_"
-RADII = np.arange(80) / 20
-"""Of certificates by smoothing, in units of the noise's deviation."""
 NOISE_LEVELS = (4, 8, 16, 32, 64, 128)
 FITTED = 200
 """Training images that changes for all images are made from, and that single steps are compared on."""
@@ -64,7 +73,8 @@ def claims(config, predict, images, labels, found, metrics) -> list[Claim]:
         "L20.fooled", SECTION, f"A change of at most {threat} gives most images another class; a random one does not.",
         interval[0] > 0.5, Evidence(float(flipped.mean()), float(by_noise.mean()), 0.5, interval, n),
         f"Share of images whose class changes: the worst of {len(found) - 1} attacks against the worst of {DRAWS} "
-        "random changes of the same norm. One network; the interval is over test images.")]
+        f"random changes of each kind ({', '.join(gradient.KINDS)}) of the same norm, before the box cuts them. One "
+        "network; the interval is over test images.")]
     made += surer(config, predict, images, labels, probabilities, right, found, metrics)
     return made + unseen(config, predict, images, labels, right, found, n)
 
@@ -92,8 +102,9 @@ def unseen(config, predict, images, labels, right, found, n) -> list[Claim]:
     """The largest pixel of the nearest image that fools, in grey levels, against that of noise that does."""
     if config.robustness.norm != "linf":
         return []
-    distance = np.asarray(minimal.distances(found["fmn"]))[right]
-    levels = np.sort(GREY_LEVELS * distance)
+    nearest = np.min([how_far(found, name) for name in found if name != NOISE], axis=0)[right]
+    nothing = int(np.isinf(nearest).sum())
+    levels = np.sort(GREY_LEVELS * np.minimum(nearest, 1.0))
     # Order statistics: the ranks between which a median lies with 95 %.
     reach = intervals.Z * np.sqrt(n) / 2
     low, high = levels[max(0, int(n / 2 - reach))], levels[min(n - 1, int(np.ceil(n / 2 + reach)))]
@@ -110,28 +121,32 @@ def unseen(config, predict, images, labels, right, found, n) -> list[Claim]:
                   f"The smallest change that gives another class is less than {UNSEEN} grey levels.",
                   bool(high < UNSEEN) and control > high,
                   Evidence(value, control, float(UNSEEN), (float(low), float(high)), n),
-                  f"Median over images, in levels of 255, of the nearest image that FMN finds; {share:.0%} of images "
-                  f"are nearer than {UNSEEN}. Control: the smallest of {', '.join(map(str, NOISE_LEVELS))} levels at "
+                  f"Median over images, in levels of 255, of the nearest image that any attack finds, FMN among them; "
+                  f"{share:.0%} of images are nearer than {UNSEEN}; where none finds any ({nothing} of {n}) it counts "
+                  f"as {GREY_LEVELS}. Control: the smallest of {', '.join(map(str, NOISE_LEVELS))} levels at "
                   f"which one of {DRAWS} draws of a random sign in every pixel does it, {GREY_LEVELS} where none does. "
                   "The interval is that of the value.")]
 
 
-CURVES = (NOISE, "fgsm", "pgd", "apgd")
+CURVES = (NOISE, "fgsm", "pgd", "apgd", "apgd_dlr")
+"""Attacks that are run anew at every size; the curve of NEAREST follows from the sizes that it found."""
 
 
 def draw(config, run, predict, images, labels, class_names, found, metrics) -> None:
     """Accuracy by the size of the change, images before and after, and one after the single step of the panda."""
     key, attacks = streams.root(config.run.seed), few(config, len(class_names))
     clean = masking.right(np.asarray(predict(images)), labels)
-    curves = {name: [float(clean.mean())] for name in CURVES}
+    curves = {name: [float(clean.mean())] for name in (*CURVES, NEAREST) if name in found}
     for factor in SIZES[1:]:
-        for name in CURVES:
-            result = attacked(attacks[name], named(key, name), predict, images, labels, threat_of(config, factor))
-            curves[name].append(float((clean & ~result.success).mean()))
+        threat = threat_of(config, factor, images.shape[1:])
+        for name in curves:
+            fooled = how_far(found, name) <= threat.eps if name == NEAREST else attacked(
+                attacks[name], named(key, name), predict, images, labels, threat).success
+            curves[name].append(float((clean & ~fooled).mean()))
             metrics[f"{name}/accuracy_at_{factor:g}_eps"] = curves[name][-1]
     unit = GREY_LEVELS if config.robustness.norm == "linf" else 1
-    name = {"linf": "grey levels of 255 (L-infinity)", "l2": "L2, pixels in [0, 1]"}
-    sizes = [unit * float(threat_of(config, factor).eps) if factor else 0.0 for factor in SIZES]
+    name = {"linf": "grey levels of 255 (L-infinity)", "l2": "L2, pixels in [0, 1]", "l1": "L1, pixels in [0, 1]"}
+    sizes = [unit * float(threat_of(config, factor, images.shape[1:]).eps) for factor in SIZES]
     run.figure("accuracy_by_size", **drawings.accuracy_by_size(sizes, curves, (NOISE,), name[config.robustness.norm],
                                                                len(labels)))
     surest = functools.partial(_surest, run, config, predict, images, clean, class_names)
@@ -155,79 +170,35 @@ def _surest(run, config, predict, images, clean, class_names, name, result, coun
         f"{how}; of the {len(fooled)} images that it fooled those where the network is surest of the wrong class."))
 
 
-def table(config, labels, found, metrics) -> dict:
-    """One row an attack."""
+def how_far(found, name) -> np.ndarray:
+    """(N,) sizes of the changes by which an attack fooled the network, infinite where it did not."""
+    result = found[name]
+    return np.asarray(minimal.distances(result)) if name == NEAREST else np.where(result.success, result.norm, np.inf)
+
+
+def table(config, labels, right, found, metrics, unknown: str = "") -> dict:
+    """One row an attack; `unknown` says why there are no certificates."""
     def row(name, *more):
         accuracy, low, high = (100 * metrics[f"{name}/accuracy{end}"] for end in ("", "_low", "_high"))
         return [name, f"{accuracy:.1f} %", f"{low:.1f} to {high:.1f}", *more]
 
-    rows = [row(name, f"{float(np.median(result.norm)):.4g}", f"{float(result.queries.mean()):.0f}")
-            for name, result in found.items()]
-    rows += [row(name, "", "") for name in ("worst", "certified", WHOLE) if f"{name}/accuracy" in metrics]
+    def size(name):
+        reached = how_far(found, name)[right]
+        return f"{np.median(reached[np.isfinite(reached)]):.4g}" if np.isfinite(reached).any() else "–"
+
+    rows = [row(name, size(name), f"{float(result.queries.mean()):.0f}") for name, result in found.items()]
+    proved = (certificates.IBP, certificates.CROWN_IBP, certificates.WHOLE, certificates.ALPHA, "smoothed")
+    rows += [row(name, "", "") for name in (*(AFTER + stage for stage, _ in STANDARD), "worst", *proved)
+             if f"{name}/accuracy" in metrics]
     return {"title": f"Accuracy under attack, {config.robustness.norm} {config.robustness.eps:g}",
-            "header": ["attack", "accuracy", "95 % interval", "median size of the change", "mean queries"],
+            "header": ["attack", "accuracy", "95 % interval", "median size where it fooled", "mean queries"],
             "rows": rows,
             "note": f"Over {len(labels)} test images; the first row is the control, worst counts all attacks together. "
                     "FMN looks for the nearest image, which may lie beyond the bound; there it does not count. "
-                    "Certified: proved for these images and, where any are, for those of the whole test split."}
-
-
-def certify(config, predict, split, images, labels, metrics) -> np.ndarray | None:
-    """(N,) images whose class no change within the threat can alter, proved by CROWN-IBP; None for unknown networks.
-
-    Where there are any, those of the whole split are counted, too.
-    """
-    def proved(x, y):
-        return np.asarray(bounds.certified(bounds.crown(predict, x, y, threat_of(config), intermediate="ibp"), y))
-
-    try:
-        found = _in_parts(proved, images, labels)
-    except InputError:  # an operation of this network that the bounds do not know
-        return None
-    metrics |= scores("certified", found)
-    if found.any():
-        starts = range(0, len(split), CERTIFIED * 20)
-        parts = (split[np.arange(start, min(start + CERTIFIED * 20, len(split)))] for start in starts)
-        metrics |= scores(WHOLE, np.concatenate(
-            [_in_parts(proved, part["image"], part["label"]) for part in parts]))
-    return found
-
-
-def _in_parts(call, *columns):
-    """What `call` says of CERTIFIED rows at a time, of all rows."""
-    count, parts = len(columns[0]), []
-    for low in range(0, count, CERTIFIED):
-        rows = np.minimum(np.arange(low, low + CERTIFIED), count - 1)
-        parts.append(call(*(jnp.asarray(column)[rows] for column in columns)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
-
-
-def smoothed(config, run, others, predict, images, labels, metrics) -> None:
-    """Certificates of the network under noise, whose deviation is eps: their average radius (ACR) and their curve.
-
-    In the figure stand the `others`, networks under other noise, too.
-    """
-    if config.robustness.defence != "gaussian":
-        return
-    sigma, key = config.robustness.eps, named(streams.root(config.run.seed), "smoothing")
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(labels)))
-    found = _in_parts(lambda keys, x: smoothing.certify(keys, predict, x, sigma,
-                                                        samples=config.robustness.noisy_copies), keys, images)
-    metrics |= scores("smoothed", found.predicted == labels)
-    metrics |= {"smoothed/average_certified_radius": smoothing.average_radius(found, labels),
-                "smoothed/sigma": sigma, "smoothed/abstained": float((found.predicted == smoothing.ABSTAIN).mean())}
-    radii = sigma * RADII
-    metrics |= {f"{CERTIFIED_AT}{radius:g}": float(share) for radius, share in
-                zip(radii, smoothing.certified_accuracy(found, labels, radii), strict=True)}
-    curves = [_by_radius(each) for each in (*others.values(), metrics)]
-    run.figure("certified_by_radius", **drawings.certified_by_radius(curves, config.robustness.noisy_copies,
-                                                                     len(labels)))
-
-
-def _by_radius(metrics):
-    at = {float(name.removeprefix(CERTIFIED_AT)): share for name, share in metrics.items()
-          if name.startswith(CERTIFIED_AT)}
-    return metrics["smoothed/sigma"], list(at), list(at.values()), metrics["smoothed/average_certified_radius"]
+                    "Sizes are of images that were right. "
+                    + (f"Nothing is certified: {unknown}." if unknown else
+                       "Certified: proved by CROWN-IBP for these images and, where any are, for those of the whole "
+                       "test split.")}
 
 
 def finished(config) -> dict[str, dict]:
@@ -268,7 +239,7 @@ def trade_off(config, run, others, metrics, n) -> None:
 def overfitting(config, predict, split) -> dict[str, float]:
     """Accuracy on training images under one step and under ten, and the alarm of catastrophic overfitting.
 
-    For training by single steps (Wong et al. 2020, section 5.4). The alarm is a line on stderr.
+    For training by single steps, or few large ones (Wong et al. 2020, section 5.4). The alarm is a line on stderr.
     """
     images, labels = chosen(split, config.run.seed, FITTED)
     gap = defences.single_step_gap(named(streams.root(config.run.seed), "gap"), predict, jnp.asarray(images),
@@ -276,29 +247,41 @@ def overfitting(config, predict, split) -> dict[str, float]:
     gap = {name: float(value) for name, value in gap.items()}
     if defences.overfitted(gap["gap"]) and jax.process_index() == 0:
         print(f"alarm: catastrophic overfitting: on training images accuracy is {100 * gap['fgsm_accuracy']:.0f} % "
-              f"under one step and {100 * gap['pgd_accuracy']:.0f} % under ten; train with --defence=pgd, or less long",
-              file=sys.stderr, flush=True)
+              f"under one step and {100 * gap['pgd_accuracy']:.0f} % under ten; train with --defence=pgd and more "
+              "--defence_steps, or less long", file=sys.stderr, flush=True)
     return gap
 
 
 def audited(config, predict, images, labels, found, certified, metrics) -> dict:
     """The audit of all results but the control's, as JSON."""
-    white = [name for name in found if name in ("fgsm", "pgd", "apgd", "apgd_dlr", "fab", "fmn")]
-    order = [name for name in ("autoattack", "pgd", "fgsm") if name in found]
-    result = audit(named(streams.root(config.run.seed), "audit"), predict, images, labels, threat_of(config),
-                   {name: one for name, one in found.items() if name != NOISE}, white=white, black=["square"],
-                   order=order, smallest=["fab", "fmn"], certified=certified)
+    result = _audit(config, predict, images, labels, found, certified)
     metrics |= {"audit/flagged": float(len(result["flagged"])),
                 "audit/worst_case_accuracy": result["worst_case"]["accuracy"],
                 "audit/worst_case_accuracy_8bit": result["worst_case"]["accuracy_8bit"]}
     return result
 
 
-def signs(audited: dict) -> dict:
+def audited_all(config, predict, images, labels, found, rest, certified) -> dict:
+    """The audit of all attacks there are within the threat, on the images that the `rest` of them had."""
+    some = tabled(config, labels)
+    return _audit(config, predict, images[some], labels[some], {**only(found, some), **rest},
+                  None if certified is None else certified[some])
+
+
+def _audit(config, predict, images, labels, found, certified) -> dict:
+    found = {name: one for name, one in found.items() if name != NOISE}
+    black = [name for name in BLACK if name in found]
+    order = [name for name in ("autoattack", "pgd", "fgsm") if name in found]
+    return audit(named(streams.root(config.run.seed), "audit"), predict, images, labels, threat_of(config), found,
+                 white=[name for name in found if name not in (*black, "autoattack")], black=black, order=order,
+                 smallest=[name for name in ("fab", NEAREST, *SMALLEST) if name in found], certified=certified)
+
+
+def signs(audited: dict, what: str = "these figures") -> dict:
     """The audit's signs as a table."""
     rows = [[sign["name"], "–" if sign["value"] is None else f"{sign['value']:.4g}", f"{sign['threshold']:.4g}",
              "FLAGGED" if sign["flagged"] else "–" if sign["value"] is None else "ok", sign["advice"]]
             for sign in audited["signs"]]
-    return {"title": "Audit: signs that these figures might deceive",
+    return {"title": f"Audit: signs that {what} might deceive",
             "header": ["sign", "value", "flagged above", "", "what it is, and what to do where it is flagged"],
             "rows": rows, "note": "All of it, with every attack measured anew, is in audit.json."}

@@ -24,14 +24,16 @@ from experiments import command, settings
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    norm: Literal["linf", "l2"] = settings.setting("linf", "what bounds a change: its largest pixel (linf) or its "
-                                                   "Euclidean length (l2)")
+    norm: Literal["linf", "l2", "l1"] = settings.setting("linf", "what bounds a change: its largest pixel (linf), its "
+                                                         "Euclidean length (l2), or the sum of its pixels (l1)")
     eps: float = settings.setting(0.1, "the bound, pixels being in [0, 1]")
-    defence: Literal["none", "pgd", "fast", "trades", "trades_awp", "mart", "ibp", "crown_ibp", "gaussian"] = (
-        settings.setting("none", "train on images attacked at eps (pgd; fast: one noisy step), by TRADES, with weights "
-                         "perturbed too (trades_awp), by MART, on bounds (ibp, crown_ibp), or under noise of deviation "
-                         "eps (gaussian; the network is then judged under such noise, too)"))
+    defence: Literal["none", "pgd", "fast", "trades", "mart", "ibp", "crown_ibp", "gaussian"] = (
+        settings.setting("none", "train on images attacked at eps (pgd; fast: one noisy step), by TRADES, by MART, on "
+                         "bounds (ibp, crown_ibp), or under noise of deviation eps (gaussian; the network is then "
+                         "judged under such noise, too)"))
     defence_steps: int = settings.setting(10, "gradients that attack a batch in training, for pgd, trades and mart")
+    awp: float = settings.setting(0.0, "train at weights moved against the loss by this share of a kernel's length, "
+                                  "for pgd, trades and mart; published 0.01, for trades 0.005; 0: not moved")
     growth: float = settings.setting(0.25, "share of training in which eps of ibp and crown_ibp grows from 0, after "
                                      "0.05 without bounds; 0: it is whole from the start")
     clean_weight: float = settings.setting(0.0, "weight of the clean loss beside that of the bounds, once eps is whole")
@@ -55,6 +57,8 @@ class Robustness:
                 raise InputError(f"--{name}={getattr(self, name)}: give at least 1")
         if not 0 <= self.growth <= 0.95:
             raise InputError(f"--growth={self.growth:g}: a share of training from 0 to 0.95")
+        if not 0 <= self.awp < 1:
+            raise InputError(f"--awp={self.awp:g}: a share from 0 to below 1")
         if not 0 <= self.clean_weight <= 1:
             raise InputError(f"--clean_weight={self.clean_weight:g}: a weight from 0 to 1")
 
@@ -88,12 +92,13 @@ def training_loss(model, config, dataset):
             "fast": lambda: defences.fast_training(model, threat),
             "trades": lambda: defences.trades(model, threat, steps=steps),
             "mart": lambda: defences.mart(model, threat, steps=steps),
-            "trades_awp": lambda: defences.awp(defences.trades(model, threat, steps=steps), gamma=0.005),
             "ibp": lambda: certified_training.ibp_loss(model, threat, **growing(config, dataset, "eps", "kappa")),
             "crown_ibp": lambda: certified_training.crown_ibp_loss(
                 model, threat, **growing(config, dataset, "eps", "kappa", "beta")),
             "gaussian": lambda: defences.gaussian_augmentation(losses.cross_entropy(model), wanted.eps)}
     loss = make[wanted.defence]()
+    if wanted.awp:
+        loss = defences.awp(loss, gamma=wanted.awp)
     if wanted.defence == "none" or not config.data.augment:
         return loss
     return losses.augmented(loss, augment.create(config.data.augment, dataset.num_classes))
@@ -122,6 +127,7 @@ def main(config: Config, run) -> None:
 
     began = time.monotonic()
     others = evidence.finished(config)
+    train.same_data(config)
     dataset = train.load_data(config.data, config.run.seed)
     images, labels = evidence.chosen(dataset.splits["test"], config.run.seed, config.robustness.attacked)
     suite.check(config, dataset, images, labels)
@@ -132,7 +138,7 @@ def main(config: Config, run) -> None:
         return evidence.overfitting(config, evaluation.predictor(model, variables), dataset.splits["train"])
 
     trained = train.train(config, run, dataset, model, training_loss(model, config, dataset),
-                          overfitting if config.robustness.defence == "fast" else None)
+                          overfitting if config.robustness.defence in ("fast", "pgd") else None)
     predict = evaluation.predictor(model, trained.state.variables)
     # An accelerator's products may by default be less exact than the float32 that certificates hold for.
     with jax.default_matmul_precision("highest"):
@@ -143,26 +149,34 @@ def main(config: Config, run) -> None:
 
 def judged(config, run, others, dataset, predict, images, labels):
     """Metrics, claims and tables of a network, attacked on these test images; figures and the audit go to the run."""
+    import numpy as np
+
+    from dlcourse.adversarial import masking
     from dlcourse.reporting import files
     from dlcourse.training import evaluation
+    from experiments import adversarial_certificates as certificates
     from experiments import adversarial_evidence as evidence
     from experiments import adversarial_suite as suite
 
+    suite.finite(predict, images)
     clean = evaluation.predictions(predict, dataset.splits["test"])
     metrics = {f"test/{name}": value for name, value in evaluation.summarise(clean)}
     attacks = suite.run(config, predict, images, labels, metrics)
-    certified = evidence.certify(config, predict, dataset.splits["test"], images, labels, metrics)
-    evidence.smoothed(config, run, others, predict, images, labels, metrics)
+    certified, unknown = certificates.certify(config, predict, dataset.splits["test"], images, labels, metrics)
+    certificates.smoothed(config, run, others, predict, images, labels, metrics)
     claims = evidence.claims(config, predict, images, labels, attacks, metrics)
     evidence.draw(config, run, predict, images, labels, dataset.class_names, attacks, metrics)
     evidence.trade_off(config, run, others, metrics, len(labels))
     audited = evidence.audited(config, predict, images, labels, attacks, certified, metrics)
-    files.write_atomically(run.path / "audit.json", json.dumps(audited, indent=1))
-    tables = [evidence.table(config, labels, attacks, metrics), evidence.signs(audited)]
+    right = masking.right(np.asarray(predict(images)), labels)
+    tables = [evidence.table(config, labels, right, attacks, metrics, unknown), evidence.signs(audited)]
     if config.robustness.attacks == "all":
         fitting = evidence.chosen(dataset.splits["train"], config.run.seed, evidence.FITTED)
-        tables[1:1] = [suite.all_of_them(config, predict, images, labels, fitting, metrics),
-                       suite.corrupted(config, predict, images, labels, others, metrics)]
+        table, rest = suite.all_of_them(config, predict, images, labels, fitting, metrics)
+        tables[1:1] = [table, suite.corrupted(config, predict, images, labels, others, metrics)]
+        audited |= {"all": evidence.audited_all(config, predict, images, labels, attacks, rest, certified)}
+        tables.append(evidence.signs(audited["all"], "those of all attacks"))
+    files.write_atomically(run.path / "audit.json", json.dumps(audited, indent=1))
     return metrics, claims, tables
 
 

@@ -31,7 +31,7 @@ DURATIONS = ("train_for", "eval_every", "checkpoint_every", "warmup", "profile")
 MEANT_FOR = {"momentum": ("optimizer", ("sgd", "nesterov")), "label_smoothing": ("defence", ("none",)),
              "growth": ("defence", ("ibp", "crown_ibp")), "clean_weight": ("defence", ("ibp", "crown_ibp")),
              "noisy_copies": ("defence", ("gaussian",)),
-             "defence_steps": ("defence", ("pgd", "trades", "trades_awp", "mart"))}
+             "defence_steps": ("defence", ("pgd", "trades", "mart")), "awp": ("defence", ("pgd", "trades", "mart"))}
 """A flag, and the values of another one without which it would be ignored."""
 
 

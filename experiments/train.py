@@ -7,17 +7,18 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import optax
 
 from dlcourse import data, models, streams
-from dlcourse.contracts import Dataset, Loss, Predict
+from dlcourse.contracts import Dataset, InputError, Loss, Predict
 from dlcourse.data import augment, batches
 from dlcourse.models import size
 from dlcourse.reporting import terminal
-from dlcourse.reporting.run import Run
+from dlcourse.reporting.run import Run, read_config
 from dlcourse.training import checkpoint, durations, evaluation, losses, optimizers, parallel
 from dlcourse.training import state as states
 from dlcourse.training.loop import Every, fit, stop_signals
@@ -234,6 +235,16 @@ def start_from(folder: str, fresh: TrainState, plan: Plan) -> TrainState:
     params = variables.pop("params")
     average = None if fresh.ema is None else plan.place(params)
     return fresh.replace(params=plan.place(params), model_state=plan.place(variables), ema=average)
+
+
+def same_data(config) -> None:
+    """Raises InputError where --init_from is a run on other images: its network would not know these."""
+    folder, here = config.model.init_from, dataclasses.asdict(config.data)
+    there = (read_config(Path(folder)) or {}).get("config", {}).get("data", {}) if folder else {}
+    for name in ("dataset", "image_size"):
+        if there.get(name, here[name]) != here[name]:
+            raise InputError(f"--init_from={folder}: its --{name} is {there[name]}, here it is {here[name]}; judge it "
+                             "on what it was trained on")
 
 
 def fitter(model, image_shape: tuple[int, int, int], loss: Loss, tx, *, ema: float = 0.0, accumulate: int = 1):

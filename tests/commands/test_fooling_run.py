@@ -7,7 +7,7 @@ import pytest
 from commands import assert_mistake, experiment
 
 from dlcourse.adversarial import ood
-from experiments import command, fooling, fooling_evidence
+from experiments import command, fooling, fooling_evidence, parsing
 from experiments.fooling import Config
 
 SMALL = ["--model=mlp,width=32", "--train_for=8epochs", "--notensorboard", "--generations=300", "--population=100",
@@ -24,7 +24,7 @@ def result(folder):
 
 @pytest.mark.slow
 def test_a_run_and_one_that_begins_with_its_network(tmp_path):
-    assert run(f"--workdir={tmp_path / 'one'}", "--rounds=1", *SMALL) == 0
+    assert run(f"--workdir={tmp_path / 'one'}", "--rounds=2", *SMALL) == 0
     got = result(tmp_path / "one")
     claims = {claim["id"]: claim for claim in got["claims"]}
     assert set(claims) == {f"L19.{name}" for name in ("cppn", "direct", "gradient", "transfer", "retrained", "caught")}
@@ -37,6 +37,7 @@ def test_a_run_and_one_that_begins_with_its_network(tmp_path):
         assert low <= claim["evidence"]["value"] - claim["evidence"]["control"] <= high
     # The retrained network knows the images that it was shown.
     assert claims["L19.retrained"]["evidence"]["control"] < 0.5 and got["metrics"]["round1/accuracy"] > 0.85
+    assert got["metrics"]["round2/accuracy"] > 0.85 and got["metrics"]["all/transfer_to_mlp"] > 0.1
     assert {figure["file"] for figure in got["figures"]} == {"figures/sure.svg", "figures/gallery.svg"}
     assert len(got["tables"]) == 2 and "Mahalanobis" in (tmp_path / "one" / "report.html").read_text()
     again = ["--rounds=0", f"--init_from={tmp_path / 'one'}", f"--workdir={tmp_path / 'two'}"]
@@ -46,6 +47,11 @@ def test_a_run_and_one_that_begins_with_its_network(tmp_path):
     assert second["metrics"]["gradient/lowest_confidence"] == got["metrics"]["gradient/lowest_confidence"]
     assert "L19.retrained" not in {claim["id"] for claim in second["claims"]}
     assert "seconds/retrained" in got["metrics"] and "seconds/retrained" not in second["metrics"]
+
+
+def test_the_preset_is_one_of_this_command():
+    config, _ = parsing.parse(Config(), ["--flagfile=experiments/presets/fooling_fashion_mnist.flags"])
+    assert config.data.dataset == "fashion_mnist" and config.fooling.rounds == 0
 
 
 @pytest.mark.parametrize("flag", ["--generations=0", "--rounds=-1", "--mirror", "--train_for=5minutes",
