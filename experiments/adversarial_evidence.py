@@ -1,4 +1,4 @@
-"""What `adversarial_robustness` concludes from its attacks: claims, certificates, figures, tables, the audit."""
+"""What `adversarial_robustness` concludes from its attacks: claims, figures, tables, the audit."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from dlcourse.adversarial.evaluate import attacked, named
 from dlcourse.adversarial.fab import fab
 from dlcourse.adversarial.fmn import fmn
 from dlcourse.adversarial.square import square
-from dlcourse.adversarial.threat import Threat, better_of, checked, width
+from dlcourse.adversarial.threat import Threat, better_of, checked, size, width
 from dlcourse.contracts import InputError
 from dlcourse.data import order
 from dlcourse.training import intervals
@@ -191,8 +191,10 @@ def _of_all_images(key, predict, images, labels, clean, fitting, threat, metrics
     """Rows of attacks that are no small change of one image: one change for all, a patch, turning and shifting."""
     fit, fit_labels = (jnp.asarray(each) for each in fitting)
     change = universal.universal(named(key, "universal"), predict, fit, fit_labels, threat)
-    right = {"universal": clean & ~np.asarray(
-        universal.applied(change, predict, images, jnp.asarray(labels), threat).success)}
+    random = jax.random.rademacher(named(key, "random"), change.shape, change.dtype)
+    random *= threat.eps / size(random[None], threat.norm)[0]
+    right = {name: clean & ~np.asarray(universal.applied(each, predict, images, jnp.asarray(labels), threat).success)
+             for name, each in {"universal": change, "random universal": random}.items()}
     learnt, _ = patch.learn(named(key, "patch"), predict, fit, jnp.asarray(TARGET))
     others = labels != TARGET
     for name, each in {"patch": learnt, "grey patch": jnp.full_like(learnt, 0.5)}.items() if others.any() else ():
@@ -200,6 +202,7 @@ def _of_all_images(key, predict, images, labels, clean, fitting, threat, metrics
     turn = functools.partial(spatial.grid, angles=13)
     right["spatial"] = clean & ~attacked(turn, named(key, "spatial"), predict, images, labels, threat).success
     said = {"universal": (f"{threat.norm} {float(threat.eps):g}, the same for all", "gradients"),
+            "random universal": ("control: the same of random signs", "nothing"),
             "patch": (f"a patch, anywhere, for class {TARGET}; right: not taken for it", "gradients"),
             "grey patch": ("control: the same of middle grey", "nothing"),
             "spatial": ("turn by 30 degrees, shift by 3 pixels", "the class")}

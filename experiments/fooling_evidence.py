@@ -139,17 +139,17 @@ def fooled(config, run, dataset, study, metrics) -> list[Claim]:
 
 def transfers(config, run, dataset, study, metrics) -> list[Claim]:
     """Whether networks trained from other random numbers take the images for the same class: its like, and an MLP."""
-    classes = dataset.num_classes
+    classes, taken = dataset.num_classes, {}
     mlp = models.create("mlp", classes, dataset.image_shape, config.model.dtype)
     for name, model in (("transfer", study.model), (MLP, mlp)):
-        other, hits, n = _trainer(config, dataset, model)(dataset.splits["train"], config.run.seed + 1), 0, 0
+        other, same = _trainer(config, dataset, model)(dataset.splits["train"], config.run.seed + 1), {}
         for method in METHODS:
             images = study.images(method)
-            same = np.asarray(other(jnp.asarray(images)).argmax(-1)) == np.arange(len(images)) % classes
-            metrics[f"{method}/{name}"] = float(same.mean())
-            hits, n = hits + int(same.sum()), n + len(same)
-        metrics[f"all/{name}"] = hits / n
-    chance, hits = 1 / classes, round(metrics["all/transfer"] * n)
+            same[method] = np.asarray(other(jnp.asarray(images)).argmax(-1)) == np.arange(len(images)) % classes
+            metrics[f"{method}/{name}"] = float(same[method].mean())
+        taken[name] = np.concatenate(list(same.values()))
+        metrics[f"all/{name}"] = float(taken[name].mean())
+    hits, n, chance = int(taken["transfer"].sum()), len(taken["transfer"]), 1 / classes
     low, high = intervals.wilson(hits, n)
     return [Claim(
         "L19.transfer", "Limit 2",

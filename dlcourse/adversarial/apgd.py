@@ -10,12 +10,11 @@ from flax import struct
 
 from dlcourse.adversarial import objectives
 from dlcourse.adversarial import threat as threats
-from dlcourse.adversarial.gradient import ascend
+from dlcourse.adversarial.gradient import NORMS, ascend
 from dlcourse.adversarial.projections import inside_l1
 from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, inside, over_pixels, size, steepest
 from dlcourse.contracts import InputError, Predict
 
-NORMS = ("linf", "l2", "l1")
 MOMENTUM = 0.75  # of the new step; the rest is the step before (Croce & Hein 2020, eq. 3)
 RHO = 0.75  # a step size stays where the objective rose in more than this share of steps (2020, section 3.1)
 RADII, SHARES = (3, 2, 1), (0.3, 0.3, 0.4)  # l1: radii in units of eps, and how the steps are divided (2021, sec. 3.3)

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 
 from dlcourse.adversarial import objectives
 from dlcourse.adversarial import threat as threats
+from dlcourse.adversarial.gradient import NORMS
 from dlcourse.adversarial.threat import AttackResult, Threat, example_keys, fooled, inside, over_pixels, steepest
 from dlcourse.contracts import Predict
-
-NORMS = ("linf", "l2", "l1")
 
 
 def estimate(keys, value: Callable, images, reach, *, pairs: int, signs: bool, chunk: int = 16):

@@ -15,6 +15,7 @@ from dlcourse.contracts import InputError, Predict
 NORMS = ("linf", "l2", "l1")
 KINDS = ("uniform", "gaussian", "sign")
 
+
 def ascend(predict: Predict, images, labels, targets, objective):
     """The gradient of the objective by the images, (B,H,W,C), the logits and the objective, from one pass each way.
 

@@ -87,7 +87,7 @@ def test_all_attacks_make_a_table_of_their_own(tmp_path):
     assert {"autoattack", "spsa", "hop_skip_jump", "deepfool"} <= audited["attacks"].keys()
     assert "boundary" not in audited["attacks"] and "success_misreported" not in audited["flagged"]
     assert metrics["spsa/accuracy"] < metrics["noise/accuracy"]
-    assert metrics["universal/accuracy"] <= metrics["noise/accuracy"]  # of which every image has the worst of many
+    assert metrics["universal/accuracy"] < metrics["random_universal/accuracy"]
     # The longest search by gradients can find nothing farther in l2 than one by the class alone, up to what it leaves.
     assert metrics["carlini_wagner/median_size"] <= 1.05 * metrics["boundary/median_size"]
     assert metrics["fmn (l0)/median_size"] >= 1
